@@ -1,0 +1,98 @@
+"""The images of every step: an epoch's order and augmentation, drawn from (seed, epoch) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PAD = 4  # pixels on every side that pad_crop_flip may shift by (He et al. 2016, 4.2)
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """What each position of an epoch shows.
+
+    ``order`` (int64, N) indexes the training images; ``flip`` (bool, N) mirrors them left to
+    right; ``shift`` (int64, N×2) moves them by rows and columns in [-PAD, PAD]. None: not at all.
+    """
+
+    order: Tensor
+    flip: Tensor | None
+    shift: Tensor | None
+
+    def to(self, device: torch.device) -> EpochPlan:
+        """Move the plan to ``device``."""
+        return EpochPlan(
+            *(None if t is None else t.to(device) for t in (self.order, self.flip, self.shift))  # type: ignore[arg-type]
+        )
+
+
+def draw_epoch(seed: int, epoch: int, size: int, augmentation: str) -> EpochPlan:
+    """Draw the plan of an epoch of ``size`` images on the CPU.
+
+    It depends on nothing but the arguments, so it is the same on every device and engine and
+    after every resume; the order does not depend on the augmentation.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = torch.from_numpy(rng.permutation(size))
+    flip = shift = None
+    if augmentation in ("flip", "pad_crop_flip"):
+        flip = torch.from_numpy(rng.random(size) < 0.5)
+    if augmentation == "pad_crop_flip":
+        shift = torch.from_numpy(rng.integers(-PAD, PAD + 1, size=(size, 2)))
+    return EpochPlan(order, flip, shift)
+
+
+class ResidentData:
+    """Images and labels that live on the device as uint8 and int64.
+
+    ``images`` is N,H,W,C; ``mean`` and ``std`` are per channel in [0, 1].
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+    ) -> None:
+        self.images = images.to(device)
+        self.labels = labels.to(device)
+        self._mean = 255 * torch.tensor(mean, dtype=torch.float32, device=device)
+        self._std = 255 * torch.tensor(std, dtype=torch.float32, device=device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, plan: EpochPlan, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return inputs (float32, n,C,H,W) and labels (n) of positions ``start`` to ``stop``."""
+        index = plan.order[start:stop]
+        images = self.images[index]
+        if plan.shift is not None:
+            images = _shift(images, plan.shift[start:stop])
+        if plan.flip is not None:
+            images = torch.where(plan.flip[start:stop, None, None, None], images.flip(2), images)
+        return self._normalize(images), self.labels[index]
+
+    def chunk(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return inputs and labels of the images ``start`` to ``stop`` as they are stored."""
+        return self._normalize(self.images[start:stop]), self.labels[start:stop]
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        """Map uint8 N,H,W,C to normalized float32 N,C,H,W, channels last in memory."""
+        return images.to(torch.float32).sub_(self._mean).div_(self._std).permute(0, 3, 1, 2)
+
+
+def _shift(images: Tensor, shift: Tensor) -> Tensor:
+    """Move each image (N,H,W,C) by its (rows, columns); what moves in is black."""
+    n, height, width, _ = images.shape
+    padded = torch.nn.functional.pad(images, (0, 0, PAD, PAD, PAD, PAD))
+    rows = torch.arange(height, device=images.device) + PAD + shift[:, :1]
+    columns = torch.arange(width, device=images.device) + PAD + shift[:, 1:]
+    image = torch.arange(n, device=images.device)
+    return padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]

@@ -1,0 +1,158 @@
+"""Epochs: train, evaluate, yield one row each."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from gnbench.batches import ResidentData, draw_epoch
+from gnbench.engine import EagerEngine
+
+DIVERGENCE_CHECK = 128  # steps between two looks at the loss, each of which waits for the device
+
+
+@dataclass(frozen=True)
+class Row:
+    """What an epoch did: a row of ``metrics.csv``. Errors in percent, times in seconds.
+
+    ``epoch`` counts from 1, ``step`` is the number of steps taken since the start, ``lr`` is that
+    of the last one. Training loss and error are means over the images as they were trained on.
+    ``images_per_second`` counts training only, ``seconds`` the evaluation too.
+    """
+
+    epoch: int
+    step: int
+    lr: float
+    train_loss: float
+    train_error: float
+    test_loss: float
+    test_error: float
+    test_wrong: int
+    test_total: int
+    images_per_second: float
+    seconds: float
+
+
+@dataclass
+class Position:
+    """How far a training has come; with the engine's totals all that a resume must know."""
+
+    epoch: int = 0  # epochs completed
+    step: int = 0  # steps taken since the start
+    epoch_step: int = 0  # steps taken in the current epoch
+    seen: int = 0  # images seen in the current epoch
+    epoch_seconds: float = 0.0  # spent on the current epoch
+
+
+class Training:
+    """A training that can stop after any step and continue from its `state_dict`.
+
+    ``batch_size`` images a step; of the last, partial batch ``drop_last`` decides. The order of the
+    images follows from ``seed`` and the epoch.
+    """
+
+    def __init__(
+        self,
+        engine: EagerEngine,
+        train: ResidentData,
+        test: ResidentData,
+        *,
+        batch_size: int,
+        drop_last: bool,
+        total_steps: int,
+        seed: int,
+        augmentation: str,
+    ) -> None:
+        self.engine = engine
+        self.train = train
+        self.test = test
+        self.batch_size = batch_size
+        self.steps_per_epoch = steps_per_epoch(len(train), batch_size, drop_last)
+        self.total_steps = total_steps
+        self.seed = seed
+        self.augmentation = augmentation
+        self.position = Position()
+        self.diverged = False
+
+    def run(self) -> Iterator[Row | None]:
+        """Train to the end; yield None after every call of the engine and a `Row` after every epoch.
+
+        At each yield the state is whole. A loss that is not finite ends the training with the row
+        of that epoch, and sets ``diverged``.
+        """
+        while self.position.step < self.total_steps and not self.diverged:
+            at = self.position
+            plan = draw_epoch(self.seed, at.epoch, len(self.train), self.augmentation)
+            plan = plan.to(self.engine.device)
+            resumed_after = at.epoch_seconds
+            started = time.perf_counter()
+            last = min(self.steps_per_epoch, at.epoch_step + self.total_steps - at.step)
+            while at.epoch_step < last and not self.diverged:
+                start = at.epoch_step * self.batch_size
+                stop = min(start + self.batch_size, len(self.train))
+                self.engine.train_step(self.train, plan, start, stop, at.step)
+                at.step += 1
+                at.epoch_step += 1
+                at.seen += stop - start
+                if at.step % DIVERGENCE_CHECK == 0 or at.epoch_step == last:
+                    self.diverged = not math.isfinite(self.engine.totals()[0])
+                at.epoch_seconds = resumed_after + time.perf_counter() - started
+                if at.epoch_step < last and not self.diverged:
+                    yield None
+            yield self._end_epoch()
+
+    def _end_epoch(self) -> Row:
+        at = self.position
+        loss_sum, wrong = self.engine.take_totals()
+        trained = at.epoch_seconds
+        started = time.perf_counter()
+        test_loss_sum, test_wrong = self.engine.evaluate(self.test)
+        row = Row(
+            epoch=at.epoch + 1,
+            step=at.step,
+            lr=self.engine.learning_rate(at.step - 1),
+            train_loss=loss_sum / at.seen,
+            train_error=100 * wrong / at.seen,
+            test_loss=test_loss_sum / len(self.test),
+            test_error=100 * test_wrong / len(self.test),
+            test_wrong=test_wrong,
+            test_total=len(self.test),
+            images_per_second=at.seen / trained,
+            seconds=trained + time.perf_counter() - started,
+        )
+        self.position = Position(epoch=at.epoch + 1, step=at.step)
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resume needs, as tensors and plain values."""
+        loss_sum, wrong = self.engine.totals()
+        cuda = self.engine.device.type == "cuda"
+        return {
+            "position": asdict(self.position),
+            "loss_sum": loss_sum,
+            "wrong": wrong,
+            "model": self.engine.model.state_dict(),
+            "optimizer": self.engine.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.engine.device) if cuda else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict` of a training with the same settings."""
+        self.position = Position(**state["position"])
+        self.engine.set_totals(state["loss_sum"], state["wrong"])
+        self.engine.model.load_state_dict(state["model"])
+        self.engine.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.engine.device)
+
+
+def steps_per_epoch(images: int, batch_size: int, drop_last: bool = False) -> int:
+    """Return the number of steps in an epoch."""
+    return images // batch_size if drop_last else math.ceil(images / batch_size)
