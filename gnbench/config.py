@@ -1,0 +1,277 @@
+"""What a configuration may hold, and which of its settings make a run the run it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+# The settings that make a run the run it is. Everything else says how it is executed.
+IDENTITY = (
+    "model",
+    "norm",
+    "dataset",
+    "optimizer",
+    "schedule",
+    "batch",
+    "batch_size",
+    "epochs",
+    "precision",
+    "seed",
+)
+NOT_IDENTITY = {"dataset": ("root",)}
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "precision": ("fp32", "bf16"),
+    "engine": ("auto", "eager"),
+    "progress": ("auto", "bar", "lines"),
+    "batch.fixed": ("epochs", "steps"),
+    "batch.lr_rule": ("none", "linear", "sqrt"),
+    "dataset.augmentation": ("none", "flip", "pad_crop_flip"),
+    "optimizer.decay_norm_and_bias": (True, False),
+}
+POSITIVE_INTEGERS = (
+    "batch_size",
+    "epochs",
+    "batch.reference_size",
+    "dataset.classes",
+    "dataset.train_images",
+    "dataset.test_images",
+)
+# Where a component has this setting, its least and greatest value; the least of "over" is excluded.
+RANGES: dict[str, tuple[str, float, float]] = {
+    "norm.eps": ("over", 0, math.inf),
+    "norm.momentum": ("from", 0, 1),
+    "model.dropout": ("from", 0, 1),
+    "optimizer.lr": ("over", 0, math.inf),
+    "optimizer.eps": ("over", 0, math.inf),
+    "optimizer.weight_decay": ("from", 0, math.inf),
+    "optimizer.momentum": ("from", 0, 1),
+    "schedule.warmup_epochs": ("from", 0, math.inf),
+    "schedule.gamma": ("over", 0, math.inf),
+    "checkpoint_seconds": ("from", 0, math.inf),
+}
+NULLABLE = ("norm.momentum",)  # null: a cumulative average
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the value and what to do."""
+
+
+@dataclass
+class BatchConfig:
+    """How the rest of the recipe answers to the batch size (``conf/batch``)."""
+
+    name: str = MISSING
+    fixed: str = MISSING
+    lr_rule: str = MISSING
+    reference_size: int = MISSING
+
+
+@dataclass
+class Config:
+    """The types of ``conf/config.yaml``; the values stand there."""
+
+    model: Any = MISSING
+    norm: Any = MISSING
+    dataset: Any = MISSING
+    optimizer: Any = MISSING
+    schedule: Any = MISSING
+    batch: BatchConfig = field(default_factory=BatchConfig)
+
+    batch_size: int = MISSING
+    epochs: int = MISSING
+    seed: int = MISSING
+    precision: str = MISSING
+
+    study: str = MISSING
+    outputs: str = MISSING
+    device: str = MISSING
+    engine: str = MISSING
+    checkpoint_seconds: float = MISSING
+    progress: str = MISSING
+    rerun: bool = MISSING
+
+
+@dataclass
+class FigureConfig:
+    """How ``python -m gnbench.aggregate`` draws a study."""
+
+    order: str = MISSING
+    baseline: str | None = MISSING
+    reference: str | None = MISSING
+
+
+@dataclass
+class AggregateConfig:
+    """The types of ``conf/aggregate.yaml``; the values stand there."""
+
+    outputs: str = MISSING
+    study: str | None = MISSING
+    figure: FigureConfig = field(default_factory=FigureConfig)
+
+
+def conf_dir() -> Path:
+    """Return the folder of the YAML files: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    packaged = package / "conf"
+    return packaged if packaged.is_dir() else package.parent / "conf"
+
+
+def identity(config: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
+    """Return the settings that make a run the run it is, as plain resolved values.
+
+    ``config`` is a composed configuration or the ``config`` of a ``run.json``.
+    """
+    settings = {key: _plain(config[key]) for key in IDENTITY}
+    for group, keys in NOT_IDENTITY.items():
+        settings[group] = {k: v for k, v in settings[group].items() if k not in keys}
+    return settings
+
+
+def run_id(config: Mapping[str, Any] | DictConfig) -> str:
+    """Name a run: ``<dataset>-<model>-<norm>-bs<N>-seed<S>-<8 hex digits of its identity>``."""
+    settings = identity(config)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    parts = (
+        settings["dataset"]["name"],
+        settings["model"]["name"],
+        settings["norm"]["name"],
+        f"bs{settings['batch_size']}",
+        f"seed{settings['seed']}",
+        digest,
+    )
+    return "-".join(str(part) for part in parts)
+
+
+def check_study(study: Any) -> None:
+    """Raise `ConfigError` unless ``study`` is a plain name: it becomes a folder."""
+    if not isinstance(study, str) or not PLAIN_NAME.fullmatch(study) or ".." in study:
+        raise ConfigError(
+            f"study={study!r} is not a plain name: use letters, digits, '_', '-' and '.' "
+            "(it names a folder)"
+        )
+
+
+def check(config: DictConfig) -> None:
+    """Raise `ConfigError` for a value that cannot work, as far as can be told without torch."""
+    check_study(config.study)
+    for key in ("model", "norm", "dataset", "optimizer", "schedule"):
+        group = config[key]
+        if not isinstance(group, DictConfig) or "_target_" not in group:
+            raise ConfigError(f"{key}={group} is not a component: choose one of {options(key)}")
+        if not PLAIN_NAME.fullmatch(str(group.get("name"))):
+            raise ConfigError(f"{key}.name={group.get('name')!r} is not a plain name")
+    for key, allowed in CHOICES.items():
+        value = OmegaConf.select(config, key)
+        if value not in allowed:
+            choices = ", ".join(str(choice).lower() for choice in allowed)
+            raise ConfigError(f"{key}={value}: choose one of {choices}")
+    for key in POSITIVE_INTEGERS:
+        check_integer(key, OmegaConf.select(config, key), least=1)
+    check_integer("seed", config.seed, least=0, most=2**63 - 1)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
+        raise ConfigError(f"device={config.device}: choose one of auto, cpu, cuda, cuda:N")
+    betas = config.optimizer.get("betas")
+    if betas is not None and not (OmegaConf.is_list(betas) and len(betas) == 2):
+        raise ConfigError(f"optimizer.betas={betas}: give two numbers from 0 to below 1")
+    for key, (bound, least, most) in RANGES.items():
+        _check_range(config, key, bound, least, most)
+
+    dataset = config.dataset
+    image = list(dataset.image) if OmegaConf.is_list(dataset.image) else []
+    if len(image) != 3 or not all(isinstance(size, int) and size >= 1 for size in image):
+        raise ConfigError(f"dataset.image={dataset.image}: give [channels, height, width]")
+    train_images = dataset.train_images
+    if dataset.train_size is not None:
+        check_integer("dataset.train_size", dataset.train_size, dataset.classes, train_images)
+        train_images = dataset.train_size
+    if config.batch_size > train_images:
+        raise ConfigError(
+            f"batch_size={config.batch_size} is larger than the training set "
+            f"({train_images} images of {dataset.name}): choose at most {train_images}"
+        )
+    for key in ("mean", "std"):
+        numbers = [v for v in dataset[key] if isinstance(v, int | float) and math.isfinite(v)]
+        if len(numbers) != len(dataset[key]) or len(numbers) != image[0]:
+            raise ConfigError(
+                f"dataset.{key}={dataset[key]} must hold one number per channel ({image[0]})"
+            )
+    if min(dataset.std) <= 0:
+        raise ConfigError(f"dataset.std={dataset.std} must be positive")
+
+
+def is_config_fault(error: BaseException) -> bool:
+    """Tell whether ``error`` is about the configuration, whoever raised it."""
+    return isinstance(error, ConfigError | OmegaConfBaseException | HydraException)
+
+
+def one_line(error: BaseException) -> str:
+    """Put into one line what an exception says, that of Hydra or OmegaConf with its cause."""
+    texts = [str(error).strip() or type(error).__name__]
+    if isinstance(error, HydraException) and error.__cause__ is not None:
+        texts.append(str(error.__cause__))
+    if isinstance(error, ConfigError):
+        return texts[0]
+    lines = []
+    for text in texts:
+        message = text.partition("Config search path:")[0]
+        lines += [line.strip() for line in message.splitlines() if line.strip()]
+    kept = [line for line in lines if not line.startswith(("full_key:", "object_type="))]
+    return "; ".join(dict.fromkeys(kept)).replace(":;", ":")
+
+
+def check_integer(key: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raise `ConfigError` unless ``least <= value <= most``."""
+    wanted = f"an integer >= {least}" if most is None else f"an integer from {least} to {most}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{key}={value}: must be {wanted}")
+    if value < least or (most is not None and value > most):
+        raise ConfigError(f"{key}={value}: must be {wanted}")
+
+
+def options(group: str) -> str:
+    """List what ``conf/<group>`` offers, for a message."""
+    return ", ".join(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")))
+
+
+def _check_range(config: DictConfig, key: str, bound: str, least: float, most: float) -> None:
+    group, _, name = key.rpartition(".")
+    node = config[group] if group else config
+    if name not in node or (node[name] is None and key in NULLABLE):
+        return
+    value = node[name]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = number and (value > least if bound == "over" else value >= least) and value <= most
+    if not fits or not math.isfinite(value):
+        wanted = f"{bound} {least:g}" + (f" to {most:g}" if math.isfinite(most) else "")
+        raise ConfigError(f"{key}={value}: must be a number {wanted}")
+
+
+def _plain(node: Any) -> Any:
+    """Turn a config node into plain values; ``1.0`` and ``1`` become the same setting."""
+    if OmegaConf.is_config(node):
+        node = OmegaConf.to_container(node, resolve=True)
+    if isinstance(node, Mapping):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_plain(value) for value in node]
+    if isinstance(node, float) and node.is_integer():
+        return int(node)
+    return node
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+ConfigStore.instance().store(name="aggregate_schema", node=AggregateConfig)
+OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(_root_), replace=True)
