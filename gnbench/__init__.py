@@ -21,7 +21,7 @@ _LAZY = {
     "read_runs": "gnbench.aggregate",
     "read_metrics": "gnbench.aggregate",
     "summarize": "gnbench.aggregate",
-    "aggregate": "gnbench.aggregate",
+    "write_studies": "gnbench.aggregate",
 }
 
 __all__ = ["ConfigError", "run_id", *_LAZY]

@@ -14,7 +14,6 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 # The settings that make a run the run it is. Everything else says how it is executed.
 IDENTITY = (
@@ -210,11 +209,6 @@ def check(config: DictConfig) -> None:
             )
     if min(dataset.std) <= 0:
         raise ConfigError(f"dataset.std={dataset.std} must be positive")
-
-
-def is_config_fault(error: BaseException) -> bool:
-    """Tell whether ``error`` is about the configuration, whoever raised it."""
-    return isinstance(error, ConfigError | OmegaConfBaseException | HydraException)
 
 
 def one_line(error: BaseException) -> str:

@@ -6,8 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +17,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from gnbench import runs
-from gnbench.config import ConfigError, is_config_fault, one_line, run_id
+from gnbench import cli, runs
+from gnbench.config import ConfigError, run_id
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +39,6 @@ class Cell:
 
 
 planned: list[Cell] = []  # the cells of the sweep that this process started
-passed = False  # whether the command was composed and checked; what fails before is bad input
 
 
 class CheckBeforeStart(Callback):
@@ -144,13 +141,8 @@ def _write_plan(study: Path, cells: Sequence[Cell]) -> None:
 
 
 def _or_exit(action: Callable[[], None]) -> None:
-    global passed
     try:
         action()
-        passed = True
     except Exception as error:
-        if is_config_fault(error):
-            print(f"gnbench: {one_line(error)}", file=sys.stderr)
-            raise SystemExit(2) from error
-        traceback.print_exc()
-        raise SystemExit(1) from error
+        raise SystemExit(cli.report(error)) from error
+    cli.composed()

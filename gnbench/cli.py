@@ -1,0 +1,57 @@
+"""What the commands share: one clear line for bad input, and exit codes that scripts can use."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from gnbench.config import ConfigError, one_line
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+_composed = False
+
+
+def composed() -> None:
+    """Note that the command line was composed and checked: what fails from now on is not input."""
+    global _composed
+    _composed = True
+
+
+def is_config_fault(error: BaseException) -> bool:
+    """Tell whether ``error`` is about the configuration, whoever raised it."""
+    return isinstance(error, ConfigError | OmegaConfBaseException | HydraException)
+
+
+def is_explained(error: BaseException) -> bool:
+    """Tell a fault that its message explains (bad input, no data, full disk) from a bug."""
+    return is_config_fault(error) or isinstance(error, OSError | MemoryError)
+
+
+def report(error: BaseException) -> int:
+    """Print what is wrong on one line of stderr, or a traceback for a bug; return the exit code."""
+    bad_input = is_config_fault(error) or not _composed
+    if not (bad_input or is_explained(error)):
+        sys.excepthook(type(error), error, error.__traceback__)
+        return FAILED
+    print(f"gnbench: {one_line(error)}", file=sys.stderr)
+    return BAD_INPUT if bad_input else FAILED
+
+
+def call(app: Callable[[], None]) -> int:
+    """Call a Hydra application and return the exit code; HYDRA_FULL_ERROR=1 shows tracebacks."""
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise, not print over several lines
+    try:
+        app()
+    except KeyboardInterrupt as interrupted:
+        return int(getattr(interrupted, "exit_code", INTERRUPTED))
+    except Exception as error:
+        if wants_traceback:
+            raise
+        return report(error)
+    return DONE

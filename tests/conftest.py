@@ -1,0 +1,47 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gnbench.experiment import compose
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def tiny_config(tmp_path):
+    """Compose a run on the tiny dataset that writes under tmp_path."""
+
+    def composed(*overrides):
+        return compose(*tiny.OVERRIDES, f"outputs={tmp_path}/outputs", *overrides)
+
+    return composed
+
+
+@pytest.fixture
+def cli(tmp_path):
+    """Run ``python -m <module> …`` in an empty folder, as a user would."""
+
+    def call(*arguments, module="gnbench", env=None, cwd=tmp_path, check=None):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "error::FutureWarning",
+        }
+        environment.pop("HYDRA_FULL_ERROR", None)
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=cwd,
+            env={**environment, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if check is not None:
+            assert done.returncode == check, done.stderr + done.stdout
+        return done
+
+    return call

@@ -1,0 +1,28 @@
+"""A dataset of 48 + 20 images of 8×8 pixels, for tests in which the data do not matter."""
+
+import torch
+
+from gnbench.datasets import Dataset
+
+OVERRIDES = (
+    "dataset=fashion_mini",
+    "dataset._target_=tests.tiny.dataset",
+    "dataset.name=tiny",
+    "dataset.image=[1,8,8]",
+    "dataset.classes=4",
+    "dataset.train_images=48",
+    "dataset.test_images=20",
+    "batch_size=8",
+    "epochs=2",
+    "device=cpu",
+    "progress=lines",
+)
+
+
+def dataset(root=None):
+    generator = torch.Generator().manual_seed(0)
+
+    def images(count):
+        return torch.randint(0, 256, (count, 8, 8, 1), dtype=torch.uint8, generator=generator)
+
+    return Dataset(images(48), torch.arange(48) % 4, images(20), torch.arange(20) % 4)
