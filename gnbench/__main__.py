@@ -31,11 +31,11 @@ def app(config: DictConfig) -> float:
         record = run(config, Path(hydra_config.runtime.output_dir))
     except Exception as error:
         if hydra_config.mode != RunMode.MULTIRUN:
-            raise
+            raise SystemExit(cli.report(error)) from error
         log.error("failed: %s", one_line(error), exc_info=not cli.is_explained(error))
         return math.nan
     if hydra_config.mode != RunMode.MULTIRUN and record["status"] == "out_of_memory":
-        raise MemoryError(record["error"])
+        raise SystemExit(cli.FAILED)
     return float(record["result"]["test_error"]) if record["result"] else math.nan
 
 

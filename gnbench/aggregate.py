@@ -1,4 +1,4 @@
-"""``python -m gnbench.aggregate``: run directories → results.csv, summary.csv, figure and curves."""
+"""``python -m gnbench.aggregate``: run directories → tables, figure and curves."""
 
 from __future__ import annotations
 
@@ -142,13 +142,14 @@ def read_metrics(table: pd.DataFrame) -> pd.DataFrame:
         first, _, body = data.partition(b"\n")
         if first + b"\n" == header:
             whole = body[: body.rfind(b"\n") + 1]  # a row being written does not count
-            lines += [b"%d,%s\n" % (number, line) for line in whole.splitlines()]
-    columns = ["run", *runs.METRICS]
+            lines += [
+                b"%d,%s\n" % (number, line)
+                for line in whole.splitlines()
+                if line.count(b",") == len(runs.METRICS) - 1
+            ]
     metrics = pd.read_csv(
         io.BytesIO(b"".join(lines)),
-        names=columns,
-        usecols=columns,
-        on_bad_lines="skip",
+        names=["run", *runs.METRICS],
         dtype=str,
         keep_default_na=False,
     ).apply(pd.to_numeric, errors="coerce")
@@ -172,7 +173,7 @@ def differing(table: pd.DataFrame) -> list[str]:
         scope = CELL[:3] if column.startswith("norm.") else CELL[:2]
         if (table.groupby(scope)[column].nunique(dropna=False) > 1).any():
             names.append(column)
-    return names
+    return sorted(names)
 
 
 def summarize(table: pd.DataFrame) -> pd.DataFrame:
@@ -367,7 +368,10 @@ def _write_csv(table: pd.DataFrame, path: Path) -> None:
 def app(config: DictConfig) -> None:
     """Aggregate as ``conf/aggregate.yaml`` says."""
     cli.composed()
-    write_studies(config.outputs, config.study, **config.figure)
+    try:
+        write_studies(config.outputs, config.study, **config.figure)
+    except Exception as error:
+        raise SystemExit(cli.report(error)) from error
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from hydra.errors import HydraException
@@ -14,6 +15,7 @@ from gnbench.config import ConfigError, one_line
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 _composed = False
+_wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def composed() -> None:
@@ -29,29 +31,31 @@ def is_config_fault(error: BaseException) -> bool:
 
 def is_explained(error: BaseException) -> bool:
     """Tell a fault that its message explains (bad input, no data, full disk) from a bug."""
-    return is_config_fault(error) or isinstance(error, OSError | MemoryError)
+    return is_config_fault(error) or isinstance(error, OSError)
 
 
 def report(error: BaseException) -> int:
     """Print what is wrong on one line of stderr, or a traceback for a bug; return the exit code."""
     bad_input = is_config_fault(error) or not _composed
-    if not (bad_input or is_explained(error)):
-        sys.excepthook(type(error), error, error.__traceback__)
-        return FAILED
-    print(f"gnbench: {one_line(error)}", file=sys.stderr)
+    if _wants_traceback or not (bad_input or is_explained(error)):
+        traceback.print_exception(error)
+    else:
+        print(f"gnbench: {one_line(error)}", file=sys.stderr)
     return BAD_INPUT if bad_input else FAILED
 
 
 def call(app: Callable[[], None]) -> int:
-    """Call a Hydra application and return the exit code; HYDRA_FULL_ERROR=1 shows tracebacks."""
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    """Call a Hydra application and return the exit code; HYDRA_FULL_ERROR=1 shows tracebacks.
+
+    The application itself exits by `report`: what it raises Hydra would announce in its own words.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise, not print over several lines
     try:
         app()
     except KeyboardInterrupt as interrupted:
         return int(getattr(interrupted, "exit_code", INTERRUPTED))
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else DONE
     except Exception as error:
-        if wants_traceback:
-            raise
         return report(error)
     return DONE

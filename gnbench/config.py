@@ -122,7 +122,7 @@ class AggregateConfig:
 
 
 def conf_dir() -> Path:
-    """Return the folder of the YAML files: inside the package in a wheel, beside it in a checkout."""
+    """Return the folder of the YAML files: in the package in a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parent
     packaged = package / "conf"
     return packaged if packaged.is_dir() else package.parent / "conf"

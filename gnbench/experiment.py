@@ -14,8 +14,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -29,7 +29,6 @@ from hydra.utils import get_method, get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gnbench import runs
 from gnbench.batches import ResidentData
@@ -220,12 +219,13 @@ def check_run(config: DictConfig) -> None:
     for key in ("model", "norm", "schedule"):
         _check_types(key, config[key])
     choose_device(config.device)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = build_model(config)
-        error = _forward_error(model, config, config.batch_size)
-    if error is not None:
-        raise _config_error(config, "model", "norm", "batch_size", error=error)
-    build_optimizer(config, nn.Linear(1, 1))
+    with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            model = build_model(config)
+            error = _forward_error(model, config, config.batch_size)
+        if error is not None:
+            raise _config_error(config, "model", "norm", "batch_size", error=error)
+        build_optimizer(config, nn.Linear(1, 1))
     # A length like the real one: the warm-up must fit, in however few epochs.
     build_schedule(config, total_steps=100 * config.epochs, epoch_steps=100)
 
@@ -357,7 +357,7 @@ def _carry_out(config: DictConfig, place: runs.Run) -> dict[str, Any]:
 def _train(
     config: DictConfig, place: runs.Run, training: Training, elapsed: Callable[[], float]
 ) -> None:
-    """Drive the training: rows to the metrics, progress to the terminal, checkpoints to the disk."""
+    """Drive the training: rows to the metrics, progress shown, checkpoints to the disk."""
 
     def save() -> None:
         place.save_checkpoint(
@@ -436,7 +436,7 @@ def _progress(config: DictConfig, training: Training) -> Iterator[Callable[[Row 
     began, first_step = time.monotonic(), training.position.step
     epochs = math.ceil(training.total_steps / training.steps_per_epoch)
     with (
-        logging_redirect_tqdm(),
+        _lines_above_the_bar() if show_bar else nullcontext(),
         tqdm(
             total=training.total_steps,
             initial=first_step,
@@ -474,6 +474,12 @@ def _progress(config: DictConfig, training: Training) -> Iterator[Callable[[Row 
                 )
 
         yield show
+
+
+def _lines_above_the_bar() -> AbstractContextManager[None]:
+    from tqdm.contrib.logging import logging_redirect_tqdm  # warns in a notebook without widgets
+
+    return logging_redirect_tqdm()
 
 
 @contextmanager
@@ -548,8 +554,7 @@ def _forward_error(model: nn.Module, config: DictConfig, batch_size: int) -> Exc
 
 def _component(node: DictConfig) -> DictConfig:
     """Return the settings that go to the component itself."""
-    settings: Mapping[str, Any] = {k: v for k, v in node.items() if k not in OWN_KEYS}
-    return OmegaConf.create(dict(settings))
+    return OmegaConf.create({str(k): v for k, v in node.items() if k not in OWN_KEYS})
 
 
 def _check_types(key: str, node: DictConfig) -> None:
@@ -562,7 +567,8 @@ def _check_types(key: str, node: DictConfig) -> None:
     except Exception as error:
         raise ConfigError(f"{key}._target_={node._target_}: {one_line(error)}") from error
     parameters = inspect.signature(component, eval_str=True).parameters
-    for name, value in node.items():
+    for name in map(str, node):
+        value = node[name]
         wanted = parameters[name].annotation if name in parameters else None
         if wanted in (bool, int, str) and type(value) is not wanted:
             raise ConfigError(f"{key}.{name}={value}: must be of type {wanted.__name__}")

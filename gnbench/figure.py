@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,7 @@ def draw_errors(
     colours = _styles(summary["norm"])
     for axis, ((dataset, model), rows) in zip(axes, panels, strict=False):
         seeds = finished[(finished["dataset"] == dataset) & (finished["model"] == model)]
-        styles: dict[str, int] = {}
-        for keys, line in rows.groupby(["norm", *settings], dropna=False, sort=False):
-            norm = keys[0]
-            colour, marker = colours[norm]
-            style = LINES[styles.setdefault(norm, 0) % len(LINES)]
-            styles[norm] += 1
+        for line, label, colour, marker, style in _lines(rows, settings, colours):
             line = line.sort_values("batch_size")
             mean = line["test_error_mean"]
             axis.plot(
@@ -84,7 +80,7 @@ def draw_errors(
                 color=colour,
                 marker=marker,
                 linestyle=style,
-                label=line_label(line.iloc[0], settings),
+                label=label,
                 zorder=3,
             )
             axis.fill_between(
@@ -126,12 +122,7 @@ def draw_curves(metrics: pd.DataFrame, settings: Sequence[str], order: str) -> F
             axis.set_axis_off()
         for size, axis in zip(sizes, row_of_axes, strict=False):
             cell = sort_norms(row[row["batch_size"] == size])
-            styles: dict[str, int] = {}
-            for keys, line in cell.groupby(["norm", *settings], dropna=False, sort=False):
-                norm = keys[0]
-                colour, _ = colours[norm]
-                style = LINES[styles.setdefault(norm, 0) % len(LINES)]
-                styles[norm] += 1
+            for line, label, colour, _, style in _lines(cell, settings, colours):
                 by_seed = line.pivot_table(index="epoch", columns="run_id", values="test_error")
                 if by_seed.shape[1] > 1:
                     axis.plot(by_seed.index, by_seed, color=colour, alpha=0.3, linewidth=0.7)
@@ -140,8 +131,8 @@ def draw_curves(metrics: pd.DataFrame, settings: Sequence[str], order: str) -> F
                 [drawn] = axis.plot(
                     mean.index, mean, color=colour, linestyle=style, marker=marker, linewidth=1.6
                 )
-                handles.setdefault(line_label(line.iloc[0], settings), drawn)
-            axis.set_title(f"{', '.join(name)}\nbatch size {size}", fontsize="small")
+                handles.setdefault(label, drawn)
+            axis.set_title(f"{', '.join(map(str, name))}\nbatch size {size}", fontsize="small")
             axis.set_xlabel("epoch", fontsize="small")
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.25)
@@ -185,6 +176,20 @@ def _panels(
             panels.append(((str(dataset), str(model)), rows))
     panels = [(key, sort_norms(rows)) for key, rows in panels]
     return panels, baselines
+
+
+def _lines(
+    rows: pd.DataFrame, settings: Sequence[str], colours: dict[str, tuple[str, str]]
+) -> Iterator[tuple[pd.DataFrame, str, str, str, str]]:
+    """Yield what each line draws, with its label, colour, marker and line style.
+
+    Lines of the same norm share its colour and differ in style.
+    """
+    drawn: Counter[str] = Counter()
+    for keys, line in rows.groupby(["norm", *settings], dropna=False, sort=False):
+        norm = str(keys[0])
+        yield (line, line_label(line.iloc[0], settings), *colours[norm], LINES[drawn[norm] % 4])
+        drawn[norm] += 1
 
 
 def _grid(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

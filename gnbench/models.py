@@ -259,8 +259,10 @@ def _keep(module: nn.Module) -> None:
 
 def _he(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d | nn.Linear):
-        mode = "fan_out" if isinstance(module, nn.Conv2d) else "fan_in"
-        nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
+        conv = isinstance(module, nn.Conv2d)
+        nn.init.kaiming_normal_(
+            module.weight, mode="fan_out" if conv else "fan_in", nonlinearity="relu"
+        )
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 

@@ -137,8 +137,9 @@ class Run:
         except FileNotFoundError:
             return None
         except Exception as error:  # torch raises many kinds for a damaged file
-            reason = str(error).splitlines()[0]
-            raise DamagedError(f"{self.checkpoint_path} cannot be read ({reason})") from error
+            raise DamagedError(
+                f"{self.checkpoint_path} is not a whole checkpoint ({type(error).__name__})"
+            ) from error
 
     def finish(self, model_state: Mapping[str, Any]) -> None:
         """Write ``model.pt`` and remove the checkpoint, which it supersedes."""
@@ -210,19 +211,17 @@ def versions() -> dict[str, str]:
 
 
 def _gnbench_version() -> str:
-    """Return the version and, in a checkout, the commit: ``0.1.0+g1a2b3c4`` (``.dirty`` if changed)."""
+    """Return the version, in a checkout with its commit: ``0.1.0+g1a2b3c4`` or ``….dirty``."""
     version = importlib.metadata.version("gnbench")
     checkout = Path(__file__).resolve().parents[1]
     if not (checkout / ".git").exists():
         return version
-    described = subprocess.run(
-        ["git", "-C", str(checkout), "describe", "--always", "--dirty=.dirty", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    commit = described.stdout.strip()
-    return f"{version}+g{commit}" if described.returncode == 0 and commit else version
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty=.dirty", "--exclude=*"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a repository it trusts
+        return version
+    return f"{version}+g{described.stdout.strip()}"
 
 
 def _save(path: Path, state: Mapping[str, Any]) -> None:

@@ -67,7 +67,7 @@ def _after_warmup(
     steps_per_epoch: int,
     warmup_epochs: float,
 ) -> Schedule:
-    """Precede ``factor(step, first step after warm-up)`` by a linear ramp (Goyal et al. 2017, 2.2)."""
+    """Put a linear ramp before ``factor(step, end of ramp)`` (Goyal et al. 2017, 2.2)."""
     warmup = round(warmup_epochs * steps_per_epoch)
     if not 0 <= warmup < total_steps:
         raise ValueError(

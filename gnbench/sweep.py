@@ -15,7 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from gnbench import cli, runs
 from gnbench.config import ConfigError, run_id
@@ -87,13 +87,12 @@ def table(cells: Sequence[Cell]) -> tuple[str, bool]:
 
 
 def _plan(config: DictConfig) -> None:
-    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    arguments = [
-        f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()
-    ]
-    arguments += OmegaConf.to_container(config.hydra.overrides.task)
-    if config.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
+    sweeper = config.hydra.sweeper
+    if sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
         return  # a sweeper that chooses its cells as it goes: each is checked as it starts
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    arguments = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    arguments += list(config.hydra.overrides.task)
     [batch] = BasicSweeper.split_arguments(parser.parse_overrides(arguments), max_batch_size=None)
     loader = GlobalHydra.instance().config_loader()
     configs = [loader.load_sweep_config(config, list(overrides)) for overrides in batch]

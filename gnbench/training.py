@@ -80,7 +80,7 @@ class Training:
         self.diverged = False
 
     def run(self) -> Iterator[Row | None]:
-        """Train to the end; yield None after every call of the engine and a `Row` after every epoch.
+        """Train to the end; yield None after every engine call and a `Row` after every epoch.
 
         At each yield the state is whole. A loss that is not finite ends the training with the row
         of that epoch, and sets ``diverged``.

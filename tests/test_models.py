@@ -45,7 +45,7 @@ def test_resnet_computes_what_torchvision_computes(model):
     torch.manual_seed(0)
     ours = build_model(compose(f"model={model}", "norm=bn", "model.stem=imagenet")).double()
     theirs = getattr(torchvision.models, model)(num_classes=10).double()
-    # Both register their layers in the order of the forward pass; a shortcut comes last in ours too.
+    # Both register their layers in the order of the forward pass, shortcuts last.
     weights = list(ours.state_dict().values())
     names = list(theirs.state_dict())
     assert [w.shape for w in weights] == [theirs.state_dict()[n].shape for n in names]

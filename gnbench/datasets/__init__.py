@@ -1,4 +1,4 @@
-"""A dataset by name, as verified uint8 tensors: from the cache, or from the first source that works."""
+"""A dataset by name, as verified uint8 tensors: from the cache or the first source that works."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def read(path: Path, checksums: Mapping[str, str]) -> Arrays:
         DamagedError: if it cannot be read or does not match ``checksums``.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise
@@ -54,7 +54,7 @@ def read(path: Path, checksums: Mapping[str, str]) -> Arrays:
 
 
 def write(path: Path, arrays: Arrays) -> None:
-    """Write ``arrays`` beside ``path`` and rename: a reader sees the old file or the whole new one."""
+    """Write ``arrays`` beside ``path`` and rename: a reader sees the old file or the new one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("wb") as file:

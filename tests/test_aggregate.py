@@ -1,0 +1,346 @@
+import json
+import shutil
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from gnbench import ConfigError, runs
+from gnbench.aggregate import (
+    CELL,
+    describe,
+    differing,
+    published,
+    read_metrics,
+    read_runs,
+    read_study,
+    summarize,
+    write_studies,
+)
+from gnbench.config import run_id
+from gnbench.experiment import compose
+from gnbench.figure import STYLES, draw_curves, draw_errors
+
+TEMPLATES: dict = {}
+
+
+def settings(*overrides):
+    if overrides not in TEMPLATES:
+        TEMPLATES[overrides] = json.dumps(OmegaConf.to_container(compose(*overrides), resolve=True))
+    return json.loads(TEMPLATES[overrides])
+
+
+def put(study, error, *overrides, batch_size=2, seed=0, status="completed", epochs=3, name=None):
+    """Lay down the directory of a run as training would have left it."""
+    config = settings(*overrides) | {"batch_size": batch_size, "seed": seed}
+    run = runs.Run(study / (name or run_id(config)))
+    run.directory.mkdir(parents=True)
+    for epoch in range(1, epochs + 1):
+        wrong = round(100 * error) + epochs - epoch
+        row = (epoch, 10 * epoch, 0.001, 1.0, 50.0, 1.0, wrong / 100, wrong, 10_000, 99.0, 1.5)
+        run.append(dict(zip(runs.METRICS, row, strict=True)))
+    run.write_record(
+        {
+            "status": status,
+            "config": config,
+            "seed": seed,
+            "error": "RuntimeError: it broke" if status == "failed" else None,
+            "result": {"test_error": error, "test_error_final": error, "epochs": epochs},
+            "versions": {"gnbench": "0.1.0", "torch": "2.11.0", "python": "3.12.0"},
+            "device": "cpu",
+            "engine": "eager",
+            "started": "2026-01-01T00:00:00+00:00",
+            "seconds": 4.5,
+            "peak_memory_bytes": 1000,
+        }
+    )
+    return run
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Two norms at three batch sizes over three seeds, and the baseline."""
+    path = tmp_path / "outputs" / "demo"
+    for seed, shift in enumerate((-0.3, 0.0, 0.6)):
+        for size in (2, 4, 8):
+            put(path, 20 - size / 4 + shift, "norm=bn", batch_size=size, seed=seed)
+            put(path, 17 + size / 8 + shift, "norm=gn", batch_size=size, seed=seed)
+    put(path, 7.9, "model=resnet34", "norm=bn", batch_size=128, epochs=5)
+    return path
+
+
+def cell(summary, **wanted):
+    rows = summary[(summary[list(wanted)] == pd.Series(wanted)).all(axis=1)]
+    assert len(rows) == 1
+    return rows.iloc[0]
+
+
+def test_summary_against_hand_arithmetic(study):
+    summary = summarize(read_study(study).runs)
+    assert list(summary.columns) == [
+        *CELL, "n_seeds", "test_error_mean", "test_error_std", "ci_low", "ci_high", "n_diverged",
+    ]  # fmt: skip
+    row = cell(summary, model="simplenetv2", norm="gn", batch_size=8)
+    values = np.array([17.7, 18.0, 18.6])
+    assert row["n_seeds"] == 3
+    assert row["test_error_mean"] == pytest.approx(18.1)
+    assert row["test_error_std"] == pytest.approx(((values - 18.1) ** 2).sum() ** 0.5 / 2**0.5)
+    # t(0.975, 2) = 4.303 in any table of Student's distribution
+    half = 4.302653 * row["test_error_std"] / 3**0.5
+    assert row["ci_high"] - row["test_error_mean"] == pytest.approx(half, rel=1e-5)
+    assert row["test_error_mean"] - row["ci_low"] == pytest.approx(half, rel=1e-5)
+    alone = cell(summary, model="resnet34", batch_size=128)
+    assert alone["n_seeds"] == 1
+    assert np.isnan([alone["test_error_std"], alone["ci_low"], alone["ci_high"]]).all()
+
+
+def test_it_never_averages_over_settings_that_differ(study):
+    put(study, 30.0, "norm=gn", "optimizer.lr=0.01", batch_size=4)
+    put(study, 40.0, "norm=gn", "norm.num_groups=8", batch_size=4)
+    table = read_study(study).runs
+    assert differing(table) == ["norm.num_groups", "optimizer.lr"]
+    summary = summarize(table)
+    at_four = summary[(summary["norm"] == "gn") & (summary["batch_size"] == 4)]
+    assert sorted(at_four["test_error_mean"]) == pytest.approx([17.6, 30.0, 40.0])
+    labels = [text.get_text() for text in draw(summary, table).axes[-1].get_legend().get_texts()]
+    assert "GN norm.num_groups=8 optimizer.lr=0.001" in labels
+    assert "GN norm.num_groups=16 optimizer.lr=0.01" in labels
+
+
+def test_what_differs_between_the_norms_compared_is_said(tmp_path):
+    """BN at one length and GN at another must not pass for a comparison of norms."""
+    path = tmp_path / "unfair"
+    put(path, 10.0, "norm=bn", "epochs=5")
+    put(path, 11.0, "norm=gn", "epochs=50")
+    assert differing(read_study(path).runs) == ["epochs"]
+    assert differing(read_study(path).runs.iloc[:1]) == []
+
+
+def test_failed_running_and_interrupted_runs_are_named_and_not_counted(study):
+    put(study, 1.0, "norm=gn", batch_size=2, seed=7, status="failed")
+    put(study, 1.0, "norm=gn", batch_size=2, seed=8, status="running")
+    put(study, 1.0, "norm=gn", batch_size=2, seed=9, status="interrupted")
+    put(study, 90.0, "norm=bn", batch_size=2, seed=9, status="diverged")
+    found = read_study(study)
+    summary = summarize(found.runs)
+    assert cell(summary, norm="gn", batch_size=2)["n_seeds"] == 3
+    diverged = cell(summary, norm="bn", batch_size=2)
+    assert (diverged["n_seeds"], diverged["n_diverged"]) == (4, 1)
+    text = describe(found, summary, "descending")
+    assert "not finished:" in text
+    for status, seed in (("failed", 7), ("running", 8), ("interrupted", 9)):
+        line = next(line for line in text.splitlines() if f"seed{seed}" in line)
+        assert line.strip().startswith(status)
+    assert "RuntimeError: it broke" in text
+    assert "1 diverged" in text
+
+
+def test_missing_cells_are_named(study):
+    plan = [
+        {"run_id": f"cifar10-simplenetv2-{norm}-bs64-seed0-0123456{norm[0]}", "dataset": "cifar10",
+         "model": "simplenetv2", "norm": norm, "batch_size": 64, "seed": 0}
+        for norm in ("bn", "gn")
+    ]  # fmt: skip
+    (study / "sweep-00000000.json").write_text(json.dumps(plan))
+    (study / "sweep-11111111.json").write_text('[{"run_id": "cut of')
+    put(study, 12.0, "norm=gn", batch_size=32)
+    missing = read_study(study).missing
+    assert missing == [
+        "cifar10-simplenetv2-bn-bs64-seed0-0123456b (planned by a sweep)",
+        "cifar10-simplenetv2-gn-bs64-seed0-0123456g (planned by a sweep)",
+        "cifar10-simplenetv2-bn-bs32 (others of its grid ran)",
+    ]
+
+
+def test_a_complete_study_has_nothing_missing(study):
+    found = read_study(study)
+    assert (found.missing, found.problems) == ([], [])
+    assert "missing" not in describe(found, summarize(found.runs), "descending")
+
+
+def test_duplicates_are_counted_once(study):
+    before = summarize(read_study(study).runs)
+    original = next(p for p in study.iterdir() if "gn-bs4-seed0" in p.name)
+    shutil.copytree(original, study / "a copy of it")
+    put(study, 1.0, "norm=gn", batch_size=4, seed=1, status="running", name="restarted elsewhere")
+    found = read_study(study)
+    pd.testing.assert_frame_equal(summarize(found.runs), before)
+    assert len(found.problems) == 2
+    assert all("counted once" in problem for problem in found.problems)
+    assert (found.runs["status"] == "completed").all()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b'{"status": "completed"}', b"\xff\xfe", b'{"status": "done"}',
+     b'{"status": "completed", "config": {}}', b'{"status": "completed", "config": {"model": 3}}'],
+)  # fmt: skip
+def test_a_half_written_run_never_breaks_it(study, content):
+    half = study / "half"
+    half.mkdir()
+    (half / "run.json").write_bytes(content)
+    (study / "empty").mkdir()
+    begun = study / "begun"
+    begun.mkdir()
+    (begun / "gnbench.log").write_text("hello")
+    found = read_study(study)
+    assert len(found.runs) == 19
+    assert len(found.problems) == 2
+    assert any(str(half) in problem for problem in found.problems)
+    assert any("no run.json" in problem for problem in found.problems)
+
+
+def test_a_completed_run_without_a_result_is_left_out(study):
+    run = put(study, 1.0, "norm=ln")
+    run.write_record(run.record() | {"result": None})
+    found = read_study(study)
+    assert "completed but has no result" in found.problems[0]
+
+
+def test_metrics_leave_out_rows_that_are_cut_or_wrong(study):
+    whole = read_metrics(read_study(study).runs)
+    assert len(whole) == 18 * 3 + 5
+    directories = sorted(p for p in study.iterdir() if "simplenetv2" in p.name)
+    with (directories[0] / "metrics.csv").open("a") as file:
+        file.write("4,40,0.001,1.0")
+    (directories[1] / "metrics.csv").write_text("not,our,header\n1,2,3\n")
+    with (directories[2] / "metrics.csv").open("a") as file:
+        file.write("4,40\n5,50,a,b,c,d,e,f,g,h,i\n6,1,2,3,4,5,6,7,8,9,10,11,12\n")
+    (directories[3] / "metrics.csv").unlink()
+    metrics = read_metrics(read_study(study).runs)
+    assert len(metrics) == 16 * 3 + 5
+    assert metrics["epoch"].max() == 5
+
+
+def draw(summary, table, **options):
+    return draw_errors(summary, table, **{"baseline": "resnet34", **options})
+
+
+def test_figure_axes_order_baseline_and_colours(study):
+    table = read_study(study).runs
+    summary = summarize(table)
+    figure = draw(summary, table)
+    [axis] = figure.axes
+    assert axis.get_title() == "cifar10, simplenetv2"
+    assert axis.get_xscale() == "log"
+    assert axis.xaxis.get_transform().base == 2
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["2", "4", "8"]
+    assert axis.xaxis_inverted()
+    assert axis.get_ylabel() == "test error (%)"
+    lines = {line.get_label(): line for line in axis.lines}
+    assert lines["BN"].get_color() == STYLES["bn"][0]
+    assert lines["GN"].get_color() == STYLES["gn"][0]
+    assert lines["BN"].get_marker() != lines["GN"].get_marker()
+    assert list(lines["GN"].get_ydata()) == pytest.approx([17.35, 17.6, 18.1])
+    dashed = lines["resnet34 BN, batch size 128"]
+    assert dashed.get_linestyle() == "--"
+    assert list(dashed.get_ydata()) == [7.9, 7.9]
+    points = [line for line in axis.lines if line.get_marker() == "."]
+    assert sorted(len(line.get_xdata()) for line in points) == [9, 9]
+    assert not draw(summary, table, order="ascending").axes[0].xaxis_inverted()
+    assert len(draw(summary, table, baseline=None).axes) == 2
+
+
+def test_the_baseline_model_alone_has_a_panel(tmp_path):
+    path = tmp_path / "resnet"
+    for size in (2, 4):
+        put(path, 10.0 + size, "model=resnet34", "norm=gn", batch_size=size)
+    table = read_study(path).runs
+    [axis] = draw(summarize(table), table).axes
+    assert axis.get_title() == "cifar10, resnet34"
+    assert list(axis.lines[0].get_ydata()) == [12.0, 14.0]
+
+
+def test_published_values_are_hollow_markers(study):
+    table = read_study(study).runs
+    figure = draw(summarize(table), table, reference=published("deuscher2021"))
+    hollow = [line for line in figure.axes[0].lines if line.get_markerfacecolor() == "none"]
+    assert [line.get_label() for line in hollow] == ["BN, deuscher2021", "GN, deuscher2021"]
+    assert list(hollow[0].get_ydata()) == [17.4, 16.4, 15.8, 15.5, 15.0, 14.2]
+    with pytest.raises(ConfigError, match=r"figure\.reference=nobody: choose one of deuscher2021"):
+        published("nobody")
+
+
+def test_norms_of_a_user_s_own_get_a_style(tmp_path):
+    path = tmp_path / "own"
+    put(path, 10.0, "norm=gn", "norm.name=mynorm")
+    put(path, 11.0, "norm=gn")
+    table = read_study(path).runs
+    [axis] = draw(summarize(table), table).axes
+    colours = {line.get_label(): line.get_color() for line in axis.lines}
+    assert set(colours) == {"GN", "MYNORM"}
+    assert len(set(colours.values())) == 2
+
+
+def test_curves_have_a_panel_for_every_batch_size(study):
+    table = read_study(study).runs
+    figure = draw_curves(read_metrics(table), [], "descending")
+    titles = [axis.get_title() for axis in figure.axes if axis.axison]
+    assert titles == [
+        "cifar10, resnet34\nbatch size 128",
+        *(f"cifar10, simplenetv2\nbatch size {size}" for size in (8, 4, 2)),
+    ]
+    means = [line for line in figure.axes[-1].lines if line.get_alpha() is None]
+    assert [list(line.get_xdata()) for line in means] == [[1, 2, 3], [1, 2, 3]]
+
+
+def test_it_writes_what_the_contract_says_beside_the_runs(study, capsys):
+    write_studies(study.parent)
+    files = {p.name for p in study.iterdir() if p.is_file()}
+    assert files == {
+        "results.csv", "summary.csv", "figure.png", "figure.svg", "figure.pdf", "curves.png",
+    }  # fmt: skip
+    results = pd.read_csv(study / "results.csv")
+    assert len(results) == 19
+    assert {"run_id", "status", *CELL, "seed", "test_error", "optimizer.lr"} <= set(results)
+    said = capsys.readouterr().out
+    assert "study demo: 19 finished runs" in said
+    assert "17.35 ± 1.14 (3)" in said
+    svg = (study / "figure.svg").read_bytes()
+    write_studies(study.parent)
+    assert (study / "figure.svg").read_bytes() == svg
+    assert read_runs(study.parent, "demo").equals(read_runs(study.parent))
+
+
+def test_bad_input_is_refused_before_anything_is_written(study):
+    for arguments, message in (
+        ({"outputs": study.parent / "no"}, "no runs there yet"),
+        ({"study": "other"}, "study=other: no runs .* choose one of demo"),
+        ({"study": "../demo"}, "not a plain name"),
+        ({"order": "random"}, "figure.order=random: choose one of ascending, descending"),
+        ({"reference": "me"}, "figure.reference=me: choose one of"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            write_studies(**{"outputs": study.parent, **arguments})
+    assert not (study / "results.csv").exists()
+
+
+def test_a_study_of_failures_alone_has_tables_and_no_figure(tmp_path, capsys):
+    path = tmp_path / "bad"
+    put(path, 1.0, status="failed", epochs=0)
+    write_studies(tmp_path)
+    assert (path / "results.csv").exists()
+    assert not (path / "figure.png").exists()
+    assert "failed" in capsys.readouterr().out
+
+
+def test_ten_thousand_runs_are_read(tmp_path):
+    """All of them counted; how long it takes is printed by --durations, not asserted."""
+    path = tmp_path / "many"
+    template = put(path, 10.0, "norm=gn", epochs=30)
+    record = template.record()
+    metrics = template.metrics_path.read_bytes()
+    for seed in range(1, 10_000):
+        record["config"]["seed"] = record["seed"] = seed
+        folder = path / f"run{seed}"
+        folder.mkdir()
+        (folder / "run.json").write_text(json.dumps(record))
+        (folder / "metrics.csv").write_bytes(metrics)
+    started = time.perf_counter()
+    table = read_study(path).runs
+    summary = summarize(table)
+    assert summary["n_seeds"].tolist() == [10_000]
+    assert len(read_metrics(table)) == 300_000
+    print(f"10,000 runs in {time.perf_counter() - started:.1f} s")
