@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from gnbench import cli, sweep
-from gnbench.config import conf_dir, one_line
+from gnbench.config import conf_dir
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,9 @@ def app(config: DictConfig) -> float:
     except Exception as error:
         if hydra_config.mode != RunMode.MULTIRUN:
             raise SystemExit(cli.report(error)) from error
-        log.error("failed: %s", one_line(error), exc_info=not cli.is_explained(error))
-        return math.nan
+        if not cli.is_explained(error):
+            log.exception("a bug, or a component's own fault:")
+        return math.nan  # run.json says why, and so does the table at the end
     if hydra_config.mode != RunMode.MULTIRUN and record["status"] == "out_of_memory":
         raise SystemExit(cli.FAILED)
     return float(record["result"]["test_error"]) if record["result"] else math.nan

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
@@ -144,9 +145,12 @@ def build_training(config: DictConfig, dataset: Dataset) -> Training:
     """
     device = choose_device(config.device)
     if device.type == "cuda":
-        # The same seed gives the same bits: no kernel whose result depends on timing, no TF32.
+        # The same seed gives the same bits: no TF32, deterministic kernels where there is a choice.
+        # Torch has none for the backward passes of LRN and of max-pooling and would warn at each start;
+        # the 2×2 pools here do not overlap, so that theirs is deterministic all the same.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        warnings.filterwarnings("ignore", ".* does not have a deterministic implementation")
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(config.seed)
@@ -291,7 +295,25 @@ def run(config: DictConfig, directory: str | Path | None = None) -> dict[str, An
             return record
         if config.rerun:
             place.clear()
-        return _carry_out(config, place)
+        with _log_to(place):
+            return _carry_out(config, place)
+
+
+@contextmanager
+def _log_to(place: runs.Run) -> Iterator[None]:
+    """Write what gnbench says to the log of the run, too."""
+    logger = logging.getLogger("gnbench")
+    handler = logging.FileHandler(place.log_path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def _carry_out(config: DictConfig, place: runs.Run) -> dict[str, Any]:
@@ -340,7 +362,9 @@ def _carry_out(config: DictConfig, place: runs.Run) -> dict[str, Any]:
         log.warning("%s interrupted; the same command resumes it", run_id(config))
         raise
     except Exception as error:
-        close("failed", f"{type(error).__name__}: {error}", seconds_before)
+        message = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        close("failed", message, seconds_before)
+        log.error("%s failed: %s", run_id(config), message)
         raise
     record = close("diverged" if training.diverged else "completed", None, seconds_before)
     log.info(

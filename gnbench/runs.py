@@ -55,6 +55,7 @@ class Run:
         self.directory = Path(directory)
         self.record_path = self.directory / "run.json"
         self.metrics_path = self.directory / "metrics.csv"
+        self.log_path = self.directory / "gnbench.log"
         self.model_path = self.directory / "model.pt"
         self.checkpoint_path = self.directory / "checkpoint.pt"
 

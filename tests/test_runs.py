@@ -21,7 +21,7 @@ def test_a_run_directory_holds_what_the_contract_says(tiny_config):
     record = run(config)
     directory = place(config).directory
     files = {p.name for p in directory.iterdir()}
-    assert files == {"run.json", "metrics.csv", "model.pt", ".lock"}
+    assert files == {"run.json", "metrics.csv", "model.pt", "gnbench.log", ".lock"}
     assert record == json.loads((directory / "run.json").read_text())
     assert set(record) == {
         "status", "config", "seed", "error", "result", "versions", "device", "engine",
