@@ -146,7 +146,7 @@ def build_training(config: DictConfig, dataset: Dataset) -> Training:
     device = choose_device(config.device)
     if device.type == "cuda":
         # The same seed gives the same bits: no TF32, deterministic kernels where there is a choice.
-        # Torch has none for the backward passes of LRN and of max-pooling and would warn at each start;
+        # Torch has none for the backward passes of LRN and of max-pooling and would warn each time;
         # the 2×2 pools here do not overlap, so that theirs is deterministic all the same.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
