@@ -26,16 +26,19 @@ def app(config: DictConfig) -> float:
     """
     from gnbench.experiment import run  # imports torch: not for --help
 
-    hydra_config = HydraConfig.get()
+    directory = HydraConfig.get().runtime.output_dir
+    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweeping:
+        sweep.note(config, directory)
     try:
-        record = run(config, Path(hydra_config.runtime.output_dir))
+        record = run(config, Path(directory))
     except Exception as error:
-        if hydra_config.mode != RunMode.MULTIRUN:
+        if not sweeping:
             raise SystemExit(cli.report(error)) from error
         if not cli.is_explained(error):
             log.exception("a bug, or a component's own fault:")
         return math.nan  # run.json says why, and so does the table at the end
-    if hydra_config.mode != RunMode.MULTIRUN and record["status"] == "out_of_memory":
+    if not sweeping and record["status"] == "out_of_memory":
         raise SystemExit(cli.FAILED)
     return float(record["result"]["test_error"]) if record["result"] else math.nan
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import os
@@ -116,8 +117,11 @@ def read_study(path: Path) -> Study:
         except FileNotFoundError:
             if any(Path(folder).iterdir()):
                 problems.append(f"{folder}: no run.json (a run that died at its start?); left out")
-        except (runs.DamagedError, KeyError, TypeError, OSError) as error:
+        except (runs.DamagedError, OSError) as error:
             problems.append(f"{folder}: {error}; left out")
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            problem = f"run.json is not of this form ({type(error).__name__}: {error})"
+            problems.append(f"{folder}: {problem}; left out")
     table = pd.DataFrame(
         rows, columns=list(dict.fromkeys([*RECORD, *(k for r in rows for k in r)]))
     )
@@ -168,12 +172,25 @@ def differing(table: pd.DataFrame) -> list[str]:
     """
     names = []
     for column in table.columns:
-        if column in RECORD or column.endswith((".name", "._target_", "._partial_")):
+        if column in (*RECORD, "dataset.name", "model.name", "norm.name") or (
+            column.endswith("._partial_")
+        ):
             continue
         scope = CELL[:3] if column.startswith("norm.") else CELL[:2]
         if (table.groupby(scope)[column].nunique(dropna=False) > 1).any():
             names.append(column)
-    return sorted(names)
+    # Of an optimizer, schedule or batch policy that differs by name, what the name implies is said.
+    return sorted(
+        name
+        for name in names
+        if not any(
+            name != other
+            and name.split(".")[0] == other.split(".")[0]
+            and (table.groupby(other)[name].nunique(dropna=False) == 1).all()
+            for other in names
+            if other.endswith(".name")
+        )
+    )
 
 
 def summarize(table: pd.DataFrame) -> pd.DataFrame:
@@ -181,9 +198,9 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
 
     ``test_error_mean`` and ``_std`` in percent (std with n-1); ``ci_low`` and ``ci_high`` are the
     95 % interval of the mean by Student's t over seeds, empty for a single one. Only runs with a
-    result count; ``n_diverged`` of them diverged.
+    result count, each once though several studies may hold it; ``n_diverged`` of them diverged.
     """
-    table = table[table["status"].isin(runs.FINISHED)]
+    table = table[table["status"].isin(runs.FINISHED)].drop_duplicates("run_id")
     keys = CELL + differing(table)
     grouped = table.groupby(keys, dropna=False, sort=True)
     summary = grouped["test_error"].agg(["size", "mean", "std"]).reset_index()
@@ -229,6 +246,11 @@ def write_studies(
         raise ConfigError(f"figure.order={order}: choose one of ascending, descending")
     values = None if reference is None else published(reference)
     studies = [read_study(path) for path in find_studies(outputs, study)]
+    if values is not None:
+        for each in studies:
+            cells = each.runs[["dataset", "model"]].drop_duplicates()
+            if cells.merge(values, on=["dataset", "model"]).empty:
+                each.problems.append(f"figure.reference={reference}: no values for these networks")
     for each in studies:
         _write_csv(each.runs, each.path / "results.csv")
         summary = summarize(each.runs)
@@ -314,6 +336,9 @@ def _flat_record(study: str, folder: Path) -> dict[str, Any]:
     row |= {key: record.get(key) for key in RECORD if key not in row}
     if row["status"] in runs.FINISHED and not isinstance(row["test_error"], int | float):
         raise runs.DamagedError(f"{folder / 'run.json'} is {row['status']} but has no result")
+    for key in ("batch_size", "seed"):
+        if not isinstance(row[key], int):
+            raise TypeError(f"{key}={row[key]!r}")
     for key, value in settings.items():
         for name, setting in _flatten(key, value):
             row.setdefault(name, setting)
@@ -345,13 +370,16 @@ def _missing(study: Study) -> list[str]:
     begun = set(study.runs["run_id"])
     planned = [cell for cell in read_plans(study.path) if cell.run_id not in begun]
     missing = [f"{cell.run_id} (planned by a sweep)" for cell in planned]
-    named = {(c.dataset, c.model, c.norm, c.batch_size) for c in planned}
-    named |= set(study.runs[CELL].itertuples(index=False, name=None))
+    cell = [*CELL, "seed"]
+    named = {tuple(getattr(c, key) for key in cell) for c in planned}
+    named |= set(study.runs[cell].itertuples(index=False, name=None))
     for (dataset, model), group in study.runs.groupby(["dataset", "model"]):
-        for norm in sorted(group["norm"].unique()):
-            for size in sorted(group["batch_size"].unique()):
-                if (dataset, model, norm, size) not in named:
-                    missing.append(f"{dataset}-{model}-{norm}-bs{size} (others of its grid ran)")
+        axes = (sorted(group[key].unique()) for key in ("norm", "batch_size", "seed"))
+        for norm, size, seed in itertools.product(*axes):
+            if (dataset, model, norm, size, seed) not in named:
+                missing.append(
+                    f"{dataset}-{model}-{norm}-bs{size}-seed{seed} (others of its grid ran)"
+                )
     return missing
 
 

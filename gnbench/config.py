@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,19 @@ RANGES: dict[str, tuple[str, float, float]] = {
     "checkpoint_seconds": ("from", 0, math.inf),
 }
 NULLABLE = ("norm.momentum",)  # null: a cumulative average
+DATASET_KEYS = {
+    "name",
+    "_target_",
+    "root",
+    "train_size",
+    "image",
+    "classes",
+    "train_images",
+    "test_images",
+    "mean",
+    "std",
+    "augmentation",
+}
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -166,6 +179,17 @@ def check_study(study: Any) -> None:
 def check(config: DictConfig) -> None:
     """Raise `ConfigError` for a value that cannot work, as far as can be told without torch."""
     check_study(config.study)
+    if not config.outputs:
+        raise ConfigError("outputs='' is not a folder: choose one, e.g. outputs=outputs")
+    for path, keys, known in (
+        ("", config, {f.name for f in fields(Config)}),
+        ("batch.", config.batch, {f.name for f in fields(BatchConfig)}),
+        ("dataset.", config.dataset, DATASET_KEYS),
+    ):
+        for key in set(keys) - known - {"hydra"} if OmegaConf.is_dict(keys) else ():
+            raise ConfigError(
+                f"{path}{key}: there is no such setting; see --cfg job for those there are"
+            )
     for key in ("model", "norm", "dataset", "optimizer", "schedule"):
         group = config[key]
         if not isinstance(group, DictConfig) or "_target_" not in group:
@@ -202,6 +226,8 @@ def check(config: DictConfig) -> None:
             f"({train_images} images of {dataset.name}): choose at most {train_images}"
         )
     for key in ("mean", "std"):
+        if not OmegaConf.is_list(dataset[key]):
+            raise ConfigError(f"dataset.{key}={dataset[key]}: must be a list, a number a channel")
         numbers = [v for v in dataset[key] if isinstance(v, int | float) and math.isfinite(v)]
         if len(numbers) != len(dataset[key]) or len(numbers) != image[0]:
             raise ConfigError(
@@ -222,7 +248,8 @@ def one_line(error: BaseException) -> str:
     for text in texts:
         message = text.partition("Config search path:")[0]
         lines += [line.strip() for line in message.splitlines() if line.strip()]
-    kept = [line for line in lines if not line.startswith(("full_key:", "object_type="))]
+    noise = ("full_key:", "object_type=", "To append to your config use")
+    kept = [line.removesuffix(".") for line in lines if not line.startswith(noise)]
     return "; ".join(dict.fromkeys(kept)).replace(":;", ":")
 
 

@@ -9,15 +9,15 @@ import inspect
 import logging
 import math
 import os
+import pkgutil
 import platform
 import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +26,7 @@ import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.errors import InstantiationException
-from hydra.utils import get_method, get_object, instantiate
+from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
@@ -124,7 +124,12 @@ def load_dataset(config: DictConfig) -> Dataset:
     """
     settings = config.dataset
     dataset: Dataset = get_method(settings._target_)(settings.root)
+    if not isinstance(dataset, Dataset):
+        raise ConfigError(f"dataset._target_={settings._target_} does not return a Dataset")
     channels, height, width = settings.image
+    found_classes = int(dataset.train_labels.max()) + 1
+    if found_classes != settings.classes:
+        raise ConfigError(f"dataset.classes={settings.classes}: the labels say {found_classes}")
     for split, count in (("train", settings.train_images), ("test", settings.test_images)):
         found = tuple(getattr(dataset, f"{split}_images").shape)
         if found != (count, height, width, channels):
@@ -140,17 +145,17 @@ def load_dataset(config: DictConfig) -> Dataset:
 def build_training(config: DictConfig, dataset: Dataset) -> Training:
     """Seed, build and place everything that ``config`` names, ready for `Training.run`.
 
+    Seeds torch's global generator; on a GPU also makes torch deterministic for this process.
+
     Raises:
         ConfigError: as `check_run`.
     """
     device = choose_device(config.device)
     if device.type == "cuda":
-        # The same seed gives the same bits: no TF32, deterministic kernels where there is a choice.
-        # Torch has none for the backward passes of LRN and of max-pooling and would warn each time;
-        # the 2×2 pools here do not overlap, so that theirs is deterministic all the same.
+        # The same seed gives the same bits: no TF32, deterministic kernels. Where torch has none it
+        # warns; no layer of conf/ is known to need one.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        warnings.filterwarnings("ignore", ".* does not have a deterministic implementation")
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(config.seed)
@@ -220,15 +225,13 @@ def check_run(config: DictConfig) -> None:
         ConfigError: naming the value that cannot work, and what to do.
     """
     check(config)
-    for key in ("model", "norm", "schedule"):
+    for key in ("model", "norm", "dataset", "optimizer", "schedule"):
         _check_types(key, config[key])
     choose_device(config.device)
+    error = _objection(config, config.batch_size)
+    if error is not None:
+        raise _config_error(config, "model", "norm", "batch_size", error=error)
     with torch.random.fork_rng(devices=[]):
-        with torch.device("meta"):
-            model = build_model(config)
-            error = _forward_error(model, config, config.batch_size)
-        if error is not None:
-            raise _config_error(config, "model", "norm", "batch_size", error=error)
         build_optimizer(config, nn.Linear(1, 1))
     # A length like the real one: the warm-up must fit, in however few epochs.
     build_schedule(config, total_steps=100 * config.epochs, epoch_steps=100)
@@ -243,8 +246,7 @@ def must_drop_last(config: DictConfig) -> bool:
     remainder = images % config.batch_size
     if remainder == 0:
         return False
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return _forward_error(build_model(config), config, remainder) is not None
+    return _objection(config, remainder) is not None
 
 
 def choose_device(name: str) -> torch.device:
@@ -293,10 +295,11 @@ def run(config: DictConfig, directory: str | Path | None = None) -> dict[str, An
                 error,
             )
             return record
-        if config.rerun:
+        if config.rerun and record is not None and record["status"] in runs.FINISHED:
+            load_dataset(config)  # what would fail for want of data must not cost the old result
             place.clear()
-        with _log_to(place):
-            return _carry_out(config, place)
+        with _log_to(place), _signals() as stop:
+            return _carry_out(config, place, stop)
 
 
 @contextmanager
@@ -316,7 +319,7 @@ def _log_to(place: runs.Run) -> Iterator[None]:
         handler.close()
 
 
-def _carry_out(config: DictConfig, place: runs.Run) -> dict[str, Any]:
+def _carry_out(config: DictConfig, place: runs.Run, stop: _Stop) -> dict[str, Any]:
     """Train under the lock, keeping ``run.json`` true at every moment."""
     device = choose_device(config.device)
     _reset_peak_memory(device)
@@ -352,7 +355,7 @@ def _carry_out(config: DictConfig, place: runs.Run) -> dict[str, Any]:
         training = build_training(config, load_dataset(config))
         seconds_before = _resume(config, place, training, device)
         _announce(config, training)
-        _train(config, place, training, lambda: seconds_before + time.monotonic() - started)
+        _train(config, place, training, stop, lambda: seconds_before + time.monotonic() - started)
         place.finish(training.engine.model.state_dict())
     except torch.OutOfMemoryError as error:
         log.error("%s: out of memory: %s", run_id(config), str(error).splitlines()[0])
@@ -379,7 +382,11 @@ def _carry_out(config: DictConfig, place: runs.Run) -> dict[str, Any]:
 
 
 def _train(
-    config: DictConfig, place: runs.Run, training: Training, elapsed: Callable[[], float]
+    config: DictConfig,
+    place: runs.Run,
+    training: Training,
+    stop: _Stop,
+    elapsed: Callable[[], float],
 ) -> None:
     """Drive the training: rows to the metrics, progress shown, checkpoints to the disk."""
 
@@ -389,16 +396,17 @@ def _train(
         )
 
     saved = time.monotonic()
-    with _signals() as received, _progress(config, training) as show:
+    stop.gentle = True
+    with _progress(config, training) as show:
         for row in training.run():
             if row is not None:
                 place.append(asdict(row))
             show(row)
-            if received or time.monotonic() - saved > config.checkpoint_seconds:
+            if stop.number is not None or time.monotonic() - saved > config.checkpoint_seconds:
                 save()
                 saved = time.monotonic()
-            if received:
-                raise Interrupted(received[0])
+            if stop.number is not None:
+                raise Interrupted(stop.number)
 
 
 def _existing_record(place: runs.Run) -> dict[str, Any] | None:
@@ -417,6 +425,8 @@ def _resume(config: DictConfig, place: runs.Run, training: Training, device: tor
         state = place.load_checkpoint(device)
         if state is not None and state.get("run_id") != run_id(config):
             raise runs.DamagedError(f"{place.checkpoint_path} belongs to another run")
+        if state is not None and len(place.rows()) < state["position"]["epoch"]:
+            raise runs.DamagedError(f"{place.metrics_path} has fewer epochs than the checkpoint")
     except runs.DamagedError as error:
         aside = place.checkpoint_path.with_suffix(".pt.damaged")
         place.checkpoint_path.replace(aside)
@@ -506,22 +516,33 @@ def _lines_above_the_bar() -> AbstractContextManager[None]:
     return logging_redirect_tqdm()
 
 
+@dataclass
+class _Stop:
+    """A signal that arrived, and whether to wait for the end of the step."""
+
+    number: int | None = None
+    gentle: bool = False
+
+
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, so that a step is never cut in two; a second one cuts it."""
-    received: list[int] = []
+def _signals() -> Iterator[_Stop]:
+    """Turn SIGINT and SIGTERM into `Interrupted`: at once, or while ``gentle`` only noted.
+
+    So a step is never cut in two; a second signal cuts it all the same.
+    """
+    stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may set handlers
+        yield stop  # only the main thread may set handlers
         return
 
     def handler(number: int, frame: FrameType | None) -> None:
-        if received:
+        if not stop.gentle or stop.number is not None:
             raise Interrupted(number)
-        received.append(number)
+        stop.number = number
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
+        yield stop
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
@@ -559,6 +580,8 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 def _reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
+        # Nothing before needed the device, and the statistics do not start it.
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.cuda.reset_peak_memory_stats(device)
     else:
         try:
@@ -567,12 +590,27 @@ def _reset_peak_memory(device: torch.device) -> None:
             log.debug("peak memory is that of the whole process on this system")
 
 
-def _forward_error(model: nn.Module, config: DictConfig, batch_size: int) -> Exception | None:
-    """Try a training pass on the shape of a batch; return what the network objects to."""
-    try:
-        model.train()(torch.empty(batch_size, *config.dataset.image, device="meta"))
-    except (ValueError, RuntimeError) as error:
-        return error
+def _objection(config: DictConfig, batch_size: int) -> Exception | None:
+    """Try a training pass over a batch; return what the network objects to.
+
+    Without storage where the layers allow it, else on a batch of at most two images: what a layer
+    refuses for its size, it refuses at a single value per channel.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                network = build_model(config).train()
+                network(torch.empty(batch_size, *config.dataset.image))
+            return None
+        except ConfigError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            if "meta" not in str(error):
+                return error
+        try:
+            build_model(config).train()(torch.zeros(min(batch_size, 2), *config.dataset.image))
+        except (ValueError, RuntimeError) as error:
+            return error
     return None
 
 
@@ -587,15 +625,26 @@ def _check_types(key: str, node: DictConfig) -> None:
     Python would take the text of ``model.final_pool=abc`` for true.
     """
     try:
-        component = get_object(node._target_)
-    except Exception as error:
+        component = pkgutil.resolve_name(node._target_)
+        parameters = inspect.signature(component).parameters
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"{key}._target_={node._target_}: {one_line(error)}") from error
-    parameters = inspect.signature(component, eval_str=True).parameters
+    elements = {"Sequence[int]": int, "Sequence[float]": int | float}
     for name in map(str, node):
         value = node[name]
-        wanted = parameters[name].annotation if name in parameters else None
-        if wanted in (bool, int, str) and type(value) is not wanted:
-            raise ConfigError(f"{key}.{name}={value}: must be of type {wanted.__name__}")
+        if name not in parameters:
+            continue
+        annotation = parameters[name].annotation
+        wanted = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+        plain = {"bool": bool, "int": int, "str": str}.get(wanted)
+        if plain is not None and type(value) is not plain:
+            raise ConfigError(f"{key}.{name}={value}: must be of type {wanted}")
+        if wanted in elements and not (
+            OmegaConf.is_list(value) and all(isinstance(v, elements[wanted]) for v in value)
+        ):
+            raise ConfigError(f"{key}.{name}={value}: must be a list of numbers")
+        if name == "root" and value is None and parameters[name].default is not None:
+            raise ConfigError(f"{key}.root=null: choose a folder for the data")
 
 
 def _config_error(config: DictConfig, *keys: str, error: Exception) -> ConfigError:

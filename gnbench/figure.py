@@ -63,7 +63,7 @@ def draw_errors(
     Each line is a norm (and whatever else differs): its mean over seeds, the 95 % interval as a
     band, each seed as a faint point. A model named ``baseline`` that has a single cell is a dashed
     gray line in the panels of its dataset. ``reference`` (of `gnbench.aggregate.published`) is
-    overlaid as hollow markers.
+    overlaid as hollow markers, its baseline as a dotted line.
     """
     settings = [c for c in summary.columns if c in finished.columns and c not in _CELL]
     panels, baselines = _panels(summary, baseline)
@@ -95,7 +95,7 @@ def draw_errors(
             if len(points) > len(line):
                 axis.plot(points["batch_size"], points["test_error"], ".", color=colour, alpha=0.35)
         if reference is not None:
-            _overlay(axis, reference, dataset, model, colours)
+            _overlay(axis, reference, dataset, model, baseline, colours)
         for _, row in baselines[baselines["dataset"] == dataset].iterrows():
             _baseline(axis, row, settings)
         _batch_size_axis(axis, rows["batch_size"], order)
@@ -232,9 +232,15 @@ def _overlay(
     reference: pd.DataFrame,
     dataset: str,
     model: str,
+    baseline: str | None,
     colours: dict[str, tuple[str, str]],
 ) -> None:
-    values = reference[(reference["dataset"] == dataset) & (reference["model"] == model)]
+    of_dataset = reference[reference["dataset"] == dataset]
+    values = of_dataset[of_dataset["model"] == model]
+    for _, row in of_dataset[of_dataset["model"] == baseline].iterrows():
+        if model != baseline and not values.empty:
+            label = f"{baseline} {str(row['norm']).upper()}, {row['source']}"
+            axis.axhline(row["test_error"], color=BASELINE, linestyle=":", label=label, zorder=1)
     for norm, line in sort_norms(values).groupby("norm", sort=False):
         colour, marker = colours.get(str(norm), MORE_STYLES[0])
         source = line["source"].iloc[0]

@@ -7,6 +7,7 @@ Those that torch already has with channels first (``BatchNorm2d``, ``InstanceNor
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -61,17 +62,36 @@ class ReferenceGroupNorm(nn.Module):
         return x * self.weight.view(1, c, 1, 1) + self.bias.view(1, c, 1, 1)
 
 
-def local_response_norm(
-    channels: int, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
-) -> nn.LocalResponseNorm:
+class LocalResponseNorm(nn.Module):
     """Local response normalization (Krizhevsky et al. 2012, section 3.3) over ``size`` channels.
+
+    Computes what ``torch.nn.LocalResponseNorm`` does (α is divided by ``size``) as a sum of shifted
+    slices: torch's goes through an average pooling whose CUDA backward is not deterministic.
 
     Raises:
         ValueError: if ``size`` is not from 1 to ``channels``.
     """
-    if not 1 <= size <= channels:
-        raise ValueError(f"size={size} must be from 1 to the number of channels ({channels})")
-    return nn.LocalResponseNorm(size, alpha, beta, k)
+
+    def __init__(
+        self, channels: int, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+    ) -> None:
+        super().__init__()
+        if not 1 <= size <= channels:
+            raise ValueError(f"size={size} must be from 1 to the number of channels ({channels})")
+        self.size = size
+        self.alpha = alpha
+        self.beta = beta
+        self.k = k
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Divide each activation of ``x`` (N,C,H,W) by the energy of its neighbouring channels."""
+        channels = x.shape[1]
+        below = self.size // 2
+        squares = F.pad(x.square(), (0, 0, 0, 0, below, self.size - 1 - below))
+        energy = squares[:, :channels]
+        for shift in range(1, self.size):
+            energy = energy + squares[:, shift : shift + channels]
+        return x / (self.k + self.alpha / self.size * energy) ** self.beta
 
 
 def _groups(channels: int, num_groups: int | None, channels_per_group: int | None) -> int:

@@ -110,7 +110,8 @@ class Run:
         """Cut ``metrics.csv`` down to the first ``epochs`` epochs, atomically."""
         if not self.metrics_path.exists():
             return
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
+        text = self.metrics_path.read_text(encoding="utf-8")
+        lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
         _replace(self.metrics_path, "".join(lines[: epochs + 1]).encode())
 
     def clear(self) -> None:

@@ -56,6 +56,13 @@ class CheckBeforeStart(Callback):
         _or_exit(lambda: _plan(config))
 
 
+def note(config: DictConfig, directory: str) -> None:
+    """Note a cell as it starts, for the table of a sweep whose cells were not known before."""
+    cell = _cell(config, directory)
+    if cell.run_id not in {c.run_id for c in planned}:
+        planned.append(cell)
+
+
 def read_plans(study: Path) -> list[Cell]:
     """Return the cells that the sweeps of a study set out to train, each once."""
     cells: dict[str, Cell] = {}
@@ -97,21 +104,22 @@ def _plan(config: DictConfig) -> None:
     loader = GlobalHydra.instance().config_loader()
     configs = [loader.load_sweep_config(config, list(overrides)) for overrides in batch]
     _check(configs)
-    cells = [
-        Cell(
-            run_id=run_id(c),
-            directory=str(Path(c.hydra.sweep.dir) / run_id(c)),
-            dataset=c.dataset.name,
-            model=c.model.name,
-            norm=c.norm.name,
-            batch_size=c.batch_size,
-            seed=c.seed,
-        )
-        for c in configs
-    ]
+    cells = [_cell(c, str(Path(c.hydra.sweep.dir) / run_id(c))) for c in configs]
     planned[:] = dict.fromkeys(cells)
     for study in {Path(cell.directory).parent for cell in cells}:
         _write_plan(study, [cell for cell in planned if Path(cell.directory).parent == study])
+
+
+def _cell(config: DictConfig, directory: str) -> Cell:
+    return Cell(
+        run_id=run_id(config),
+        directory=directory,
+        dataset=config.dataset.name,
+        model=config.model.name,
+        norm=config.norm.name,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
 
 
 def _check(configs: Sequence[DictConfig]) -> None:

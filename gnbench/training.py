@@ -134,6 +134,7 @@ class Training:
         cuda = self.engine.device.type == "cuda"
         return {
             "position": asdict(self.position),
+            "diverged": self.diverged,
             "loss_sum": loss_sum,
             "wrong": wrong,
             "model": self.engine.model.state_dict(),
@@ -145,6 +146,7 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict` of a training with the same settings."""
         self.position = Position(**state["position"])
+        self.diverged = state["diverged"]
         self.engine.set_totals(state["loss_sum"], state["wrong"])
         self.engine.model.load_state_dict(state["model"])
         self.engine.optimizer.load_state_dict(state["optimizer"])

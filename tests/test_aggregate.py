@@ -109,6 +109,27 @@ def test_it_never_averages_over_settings_that_differ(study):
     assert "GN norm.num_groups=16 optimizer.lr=0.01" in labels
 
 
+def test_components_that_differ_are_never_averaged_either(tmp_path):
+    """The same numbers, but another optimizer or another implementation of the norm."""
+    path = tmp_path / "components"
+    put(path, 10.0, "norm=gn")
+    put(path, 20.0, "norm=gn", "optimizer=adam", "optimizer.weight_decay=0.01")
+    put(path, 30.0, "norm=gn", "norm._target_=gnbench.norms.ReferenceGroupNorm")
+    table = read_study(path).runs
+    assert differing(table) == ["norm._target_", "optimizer.name"]
+    summary = summarize(table)
+    assert summary["n_seeds"].tolist() == [1, 1, 1]
+    labels = {text.get_text() for text in draw(summary, table).axes[0].get_legend().get_texts()}
+    assert len(labels) == 3
+
+
+def test_a_run_that_several_studies_hold_counts_once(study):
+    shutil.copytree(study, study.parent / "copy")
+    both = read_runs(study.parent)
+    assert len(both) == 38
+    pd.testing.assert_frame_equal(summarize(both), summarize(read_study(study).runs))
+
+
 def test_what_differs_between_the_norms_compared_is_said(tmp_path):
     """BN at one length and GN at another must not pass for a comparison of norms."""
     path = tmp_path / "unfair"
@@ -150,7 +171,8 @@ def test_missing_cells_are_named(study):
     assert missing == [
         "cifar10-simplenetv2-bn-bs64-seed0-0123456b (planned by a sweep)",
         "cifar10-simplenetv2-gn-bs64-seed0-0123456g (planned by a sweep)",
-        "cifar10-simplenetv2-bn-bs32 (others of its grid ran)",
+        *(f"cifar10-simplenetv2-bn-bs32-seed{s} (others of its grid ran)" for s in range(3)),
+        *(f"cifar10-simplenetv2-gn-bs32-seed{s} (others of its grid ran)" for s in (1, 2)),
     ]
 
 
@@ -175,12 +197,21 @@ def test_duplicates_are_counted_once(study):
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b"null", b'{"status": "completed"}', b"\xff\xfe", b'{"status": "done"}',
-     b'{"status": "completed", "config": {}}', b'{"status": "completed", "config": {"model": 3}}'],
+     b'{"status": "completed", "config": {}}', b'{"status": "completed", "config": {"model": 3}}',
+     ("dataset", "cifar10"), ("batch_size", "2"), ("seed", None), ("versions", "x"),
+     ("result", [1])],
 )  # fmt: skip
 def test_a_half_written_run_never_breaks_it(study, content):
     half = study / "half"
-    half.mkdir()
-    (half / "run.json").write_bytes(content)
+    if isinstance(content, tuple):  # whole JSON, but one value of the wrong kind
+        key, value = content
+        run = put(study, 1.0, "norm=gn", name="half")
+        record = run.record()
+        (record if key in record and key != "seed" else record["config"])[key] = value
+        run.write_record(record)
+    else:
+        half.mkdir()
+        (half / "run.json").write_bytes(content)
     (study / "empty").mkdir()
     begun = study / "begun"
     begun.mkdir()
@@ -259,6 +290,8 @@ def test_published_values_are_hollow_markers(study):
     hollow = [line for line in figure.axes[0].lines if line.get_markerfacecolor() == "none"]
     assert [line.get_label() for line in hollow] == ["BN, deuscher2021", "GN, deuscher2021"]
     assert list(hollow[0].get_ydata()) == [17.4, 16.4, 15.8, 15.5, 15.0, 14.2]
+    dotted = {line.get_label(): line for line in figure.axes[0].lines}["resnet34 BN, deuscher2021"]
+    assert list(dotted.get_ydata()) == [7.9, 7.9]
     with pytest.raises(ConfigError, match=r"figure\.reference=nobody: choose one of deuscher2021"):
         published("nobody")
 
@@ -315,6 +348,11 @@ def test_bad_input_is_refused_before_anything_is_written(study):
         with pytest.raises(ConfigError, match=message):
             write_studies(**{"outputs": study.parent, **arguments})
     assert not (study / "results.csv").exists()
+
+
+def test_a_reference_that_has_nothing_to_compare_is_said(study, capsys):
+    write_studies(study.parent, reference="wu2018")
+    assert "figure.reference=wu2018: no values for these networks" in capsys.readouterr().out
 
 
 def test_a_study_of_failures_alone_has_tables_and_no_figure(tmp_path, capsys):

@@ -62,7 +62,7 @@ def test_a_single_run_then_aggregate(cli, tmp_path):
 
 
 def test_a_sweep_fills_one_study_and_repeating_it_trains_nothing(cli, tmp_path):
-    sweep = ("-m", *tiny.OVERRIDES, "norm=bn,gn", "batch_size=8,16", "study=grid")
+    sweep = ("-m", *tiny.OVERRIDES, "norm=choice(bn,gn)", "batch_size=range(8,17,8)", "study=grid")
     done = cli(*sweep, check=0)
     table = done.stdout.splitlines()
     assert table[0].split() == ["status", "test", "error", "run", "directory"]
@@ -116,17 +116,19 @@ def test_a_failing_cell_is_recorded_and_the_sweep_goes_on(cli, tmp_path):
         (["norm.num_groups=24"], "num_groups=24 does not divide 32 channels"),
         (["study=../x"], "study='../x' is not a plain name"),
         (["-m", "norm=bn,gn", "norm.momentum=0.1"], "Key 'momentum'"),
-        (["-m", "norm=gn", "batch_size=2,0,999999"], "batch_size=0: must be an integer >= 1"),
+        (["-m", "norm=gn", "batch_size=2,0,64"], "batch_size=0: must be an integer >= 1"),
         (["batch_size=2,4"], "Ambiguous value"),
         (["norm=nope"], "Available options in 'norm'"),
         (["dataset=null"], "Config group override must be a string"),
         (["model"], "Error parsing override 'model'"),
+        (["norm._target_=nope.nope"], "norm._target_=nope.nope: No module named 'nope'"),
     ],
 )
 def test_bad_input_is_said_and_nothing_is_written(cli, tmp_path, arguments, message):
     done = cli(*arguments, check=2)
     assert done.stderr.startswith("gnbench: ")
     assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []

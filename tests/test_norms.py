@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from gnbench.norms import ReferenceGroupNorm, group_norm, local_response_norm
+from gnbench.norms import LocalResponseNorm, ReferenceGroupNorm, group_norm
 
 
 @pytest.fixture
@@ -134,11 +134,25 @@ def test_batch_norm_running_statistics_follow_their_definition(x):
 
 def test_local_response_norm_against_hand_arithmetic(x):
     """Krizhevsky et al. 2012, 3.3, with α over the window size as in torch."""
-    norm = local_response_norm(12, size=5, alpha=0.2, beta=0.75, k=2.0)
+    norm = LocalResponseNorm(12, size=5, alpha=0.2, beta=0.75, k=2.0)
     expected = torch.empty_like(x)
     for c in range(12):
         window = x[:, max(0, c - 2) : c + 3].pow(2).sum(dim=1)
         expected[:, c] = x[:, c] / (2.0 + 0.2 / 5 * window) ** 0.75
     torch.testing.assert_close(norm(x), expected)
     with pytest.raises(ValueError, match="size=13 must be from 1 to the number of channels"):
-        local_response_norm(12, size=13)
+        LocalResponseNorm(12, size=13)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5])
+def test_local_response_norm_is_torchs(size, x):
+    ours, torchs = (
+        LocalResponseNorm(12, size, 0.3, 0.7, 1.5),
+        nn.LocalResponseNorm(size, 0.3, 0.7, 1.5),
+    )
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [layer(i) for layer, i in zip((ours, torchs), inputs, strict=True)]
+    torch.testing.assert_close(*outputs)
+    for out in outputs:
+        out.pow(3).sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from gnbench import experiment, runs
+from gnbench import datasets, experiment, runs
 from gnbench.experiment import Interrupted, run, run_id
 from gnbench.runs import Run
 from tests.conftest import measured
@@ -87,6 +87,84 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on(
     assert measured(place(config).metrics_path) == whole
     assert record["result"] == expected["result"]
     assert not place(config).checkpoint_path.exists()
+
+
+def test_rerun_of_an_interrupted_run_resumes_it_too(tiny_config, monkeypatch):
+    config = tiny_config("epochs=3", "rerun=true")
+    run(config)
+    take = experiment.EagerEngine.train_step
+
+    def interrupted(engine, data, plan, start, stop, step):
+        take(engine, data, plan, start, stop, step)
+        if step == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.EagerEngine, "train_step", interrupted)
+        with pytest.raises(Interrupted):
+            run(config)
+    steps = []
+
+    def counted(engine, data, plan, start, stop, step):
+        take(engine, data, plan, start, stop, step)
+        steps.append(step)
+
+    monkeypatch.setattr(experiment.EagerEngine, "train_step", counted)
+    assert run(config)["status"] == "completed"
+    assert steps == list(range(9, 18))
+
+
+def test_rerun_without_data_keeps_the_old_result(tiny_config, monkeypatch):
+    config = tiny_config("rerun=true")
+    first = run(config)
+
+    def gone(config):
+        raise datasets.DataError("the images are gone")
+
+    monkeypatch.setattr(experiment, "load_dataset", gone)
+    with pytest.raises(datasets.DataError):
+        run(config)
+    assert place(config).record() == first
+    assert place(config).model_path.exists()
+
+
+def test_a_signal_before_the_training_is_heeded_at_once(tiny_config, monkeypatch):
+    config = tiny_config()
+
+    def slow(config):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the download went on")
+
+    monkeypatch.setattr(experiment, "load_dataset", slow)
+    with pytest.raises(Interrupted) as caught:
+        run(config)
+    assert caught.value.exit_code == 143
+    assert place(config).record()["status"] == "interrupted"
+
+
+def test_a_run_killed_between_its_divergence_and_its_record_stays_diverged(tiny_config):
+    config = tiny_config("norm=none", "optimizer=sgd", "optimizer.lr=1e9", "epochs=9")
+    training = experiment.build_training(config, experiment.load_dataset(config))
+    rows = [row for row in training.run() if row is not None]
+    again = experiment.build_training(config, experiment.load_dataset(config))
+    again.load_state_dict(training.state_dict())
+    assert training.diverged
+    assert len(rows) < 9
+    assert list(again.run()) == []
+
+
+def test_a_checkpoint_whose_rows_are_lost_is_not_used(tiny_config, monkeypatch, caplog):
+    """As after a power cut: the checkpoint reached the disk, the rows before it did not."""
+    config = tiny_config("epochs=4", "checkpoint_seconds=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish", lambda self, state: (_ for _ in ()).throw(SystemExit))
+        with pytest.raises(SystemExit):
+            run(config)
+    lines = place(config).metrics_path.read_text().splitlines(keepends=True)
+    place(config).metrics_path.write_text("".join(lines[:2]) + lines[2][:10])
+    assert run(config)["result"]["epochs"] == 4
+    assert "has fewer epochs than the checkpoint" in caplog.text
+    assert len(measured(place(config).metrics_path)) == 5
 
 
 def test_a_row_after_the_last_checkpoint_is_trained_again_not_repeated(tiny_config, monkeypatch):

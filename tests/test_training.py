@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import gnbench
 from gnbench.batches import draw_epoch
 from gnbench.experiment import build_optimizer, build_training, compose, load_dataset
 from tests import tiny
@@ -240,13 +241,18 @@ def test_bf16_trains_and_keeps_its_weights_in_fp32(tiny_config):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-def test_cuda_draws_the_same_start_and_order_and_repeats_itself(tiny_config):
-    one, two = (start(tiny_config("device=cuda", "epochs=3")) for _ in range(2))
-    cpu = start(tiny_config("epochs=3"))
-    for a, b in zip(one.engine.model.parameters(), cpu.engine.model.parameters(), strict=True):
+@pytest.mark.parametrize("norm", ["none", "bn", "gn", "ln", "in", "lrn"])
+def test_a_run_on_cuda_starts_as_on_the_cpu_and_repeats_itself(tiny_config, norm):
+    config = tiny_config(f"norm={norm}", "device=cuda", "epochs=3")
+    one = gnbench.run(config)
+    assert one["status"] == "completed"
+    assert one["peak_memory_bytes"] > 0
+    first, second = (start(config) for _ in range(2))
+    cpu = start(tiny_config(f"norm={norm}", "epochs=3"))
+    for a, b in zip(first.engine.model.parameters(), cpu.engine.model.parameters(), strict=True):
         assert torch.equal(a.cpu(), b)
-    assert rows(one) == rows(two)
-    assert_same_state(one, two)
+    assert rows(first) == rows(second)
+    assert_same_state(first, second)
 
 
 def test_no_network_is_built_from_the_wrong_precision():

@@ -98,7 +98,7 @@ def fashion_mnist_from_debian(root: Path, work: Path) -> Arrays:
         _run(download, work, DEBIAN_BYTES)
     except RuntimeError:  # no package lists on this machine: fetch them into `work`
         for folder in ("lists/partial", "archives/partial"):
-            (work / folder).mkdir(parents=True)
+            (work / folder).mkdir(parents=True, exist_ok=True)
         private = [
             "-o", f"Dir::State::Lists={work / 'lists'}",
             "-o", f"Dir::Cache={work}",
