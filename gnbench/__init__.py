@@ -17,7 +17,7 @@ _LAZY = {
     "build_optimizer": "gnbench.experiment",
     "load_dataset": "gnbench.experiment",
     "build_training": "gnbench.experiment",
-    "run": "gnbench.experiment",
+    "run": "gnbench.execution",
     "read_runs": "gnbench.aggregate",
     "read_metrics": "gnbench.aggregate",
     "summarize": "gnbench.aggregate",

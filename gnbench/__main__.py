@@ -24,7 +24,7 @@ def app(config: DictConfig) -> float:
 
     In a sweep a failing run is recorded and the others go on.
     """
-    from gnbench.experiment import run  # imports torch: not for --help
+    from gnbench.execution import run  # imports torch: not for --help
 
     directory = HydraConfig.get().runtime.output_dir
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN

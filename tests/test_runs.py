@@ -6,8 +6,9 @@ import threading
 import pytest
 import torch
 
-from gnbench import datasets, experiment, runs
-from gnbench.experiment import Interrupted, run, run_id
+from gnbench import datasets, execution, experiment, runs
+from gnbench.config import run_id
+from gnbench.execution import Interrupted, run
 from gnbench.runs import Run
 from tests.conftest import measured
 
@@ -68,7 +69,7 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on(
     expected = run(tiny_config("epochs=3", f"outputs={tmp_path}/whole"))
     whole = measured(Run(f"{tmp_path}/whole/default/{run_id(config)}").metrics_path)
 
-    take = experiment.EagerEngine.train_step
+    take = execution.EagerEngine.train_step
 
     def signalled(engine, data, plan, start, stop, step):
         take(engine, data, plan, start, stop, step)
@@ -76,7 +77,7 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on(
             os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment.EagerEngine, "train_step", signalled)
+        patch.setattr(execution.EagerEngine, "train_step", signalled)
         with pytest.raises(Interrupted) as caught:
             run(config)
     assert caught.value.exit_code == 128 + number
@@ -92,7 +93,7 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on(
 def test_rerun_of_an_interrupted_run_resumes_it_too(tiny_config, monkeypatch):
     config = tiny_config("epochs=3", "rerun=true")
     run(config)
-    take = experiment.EagerEngine.train_step
+    take = execution.EagerEngine.train_step
 
     def interrupted(engine, data, plan, start, stop, step):
         take(engine, data, plan, start, stop, step)
@@ -100,7 +101,7 @@ def test_rerun_of_an_interrupted_run_resumes_it_too(tiny_config, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment.EagerEngine, "train_step", interrupted)
+        patch.setattr(execution.EagerEngine, "train_step", interrupted)
         with pytest.raises(Interrupted):
             run(config)
     steps = []
@@ -109,7 +110,7 @@ def test_rerun_of_an_interrupted_run_resumes_it_too(tiny_config, monkeypatch):
         take(engine, data, plan, start, stop, step)
         steps.append(step)
 
-    monkeypatch.setattr(experiment.EagerEngine, "train_step", counted)
+    monkeypatch.setattr(execution.EagerEngine, "train_step", counted)
     assert run(config)["status"] == "completed"
     assert steps == list(range(9, 18))
 
@@ -121,7 +122,7 @@ def test_rerun_without_data_keeps_the_old_result(tiny_config, monkeypatch):
     def gone(config):
         raise datasets.DataError("the images are gone")
 
-    monkeypatch.setattr(experiment, "load_dataset", gone)
+    monkeypatch.setattr(execution, "load_dataset", gone)
     with pytest.raises(datasets.DataError):
         run(config)
     assert place(config).record() == first
@@ -135,7 +136,7 @@ def test_a_signal_before_the_training_is_heeded_at_once(tiny_config, monkeypatch
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the download went on")
 
-    monkeypatch.setattr(experiment, "load_dataset", slow)
+    monkeypatch.setattr(execution, "load_dataset", slow)
     with pytest.raises(Interrupted) as caught:
         run(config)
     assert caught.value.exit_code == 143
@@ -224,7 +225,7 @@ def test_a_failure_is_recorded_and_raised(tiny_config, monkeypatch):
     def fail(*_):
         raise RuntimeError("the dog ate it")
 
-    monkeypatch.setattr(experiment.EagerEngine, "train_step", fail)
+    monkeypatch.setattr(execution.EagerEngine, "train_step", fail)
     with pytest.raises(RuntimeError, match="the dog ate it"):
         run(config)
     record = place(config).record()
@@ -235,7 +236,7 @@ def test_out_of_memory_is_a_result(tiny_config, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
 
-    monkeypatch.setattr(experiment.EagerEngine, "train_step", fail)
+    monkeypatch.setattr(execution.EagerEngine, "train_step", fail)
     record = run(tiny_config())
     assert (record["status"], record["error"]) == ("out_of_memory", "tried to allocate 80 GiB")
 
