@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the run; its checkpoint is saved. ``exit_code`` is 128 + the signal."""
+    """A signal ended the run, which can be resumed. ``exit_code`` is 128 + the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -74,7 +74,10 @@ def run(config: DictConfig, directory: str | Path | None = None) -> dict[str, An
             load_dataset(config)  # what would fail for want of data must not cost the old result
             place.clear()
         with _log_to(place), _signals() as stop:
-            return _carry_out(config, place, stop)
+            record = _carry_out(config, place, stop)
+            if stop.number is not None:  # it came while the finished run was being written
+                raise Interrupted(stop.number)
+            return record
 
 
 @contextmanager

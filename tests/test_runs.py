@@ -143,6 +143,21 @@ def test_a_signal_before_the_training_is_heeded_at_once(tiny_config, monkeypatch
     assert place(config).record()["status"] == "interrupted"
 
 
+def test_a_signal_at_the_very_end_spares_the_run_and_stops_the_sweep(tiny_config, monkeypatch):
+    finish = Run.finish
+
+    def interrupted(self, state):
+        os.kill(os.getpid(), signal.SIGINT)
+        finish(self, state)
+
+    monkeypatch.setattr(Run, "finish", interrupted)
+    config = tiny_config()
+    with pytest.raises(Interrupted):
+        run(config)
+    assert place(config).record()["status"] == "completed"
+    assert place(config).model_path.exists()
+
+
 def test_a_run_killed_between_its_divergence_and_its_record_stays_diverged(tiny_config):
     config = tiny_config("norm=none", "optimizer=sgd", "optimizer.lr=1e9", "epochs=9")
     training = experiment.build_training(config, experiment.load_dataset(config))
