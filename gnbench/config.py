@@ -39,14 +39,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "dataset.augmentation": ("none", "flip", "pad_crop_flip"),
     "optimizer.decay_norm_and_bias": (True, False),
 }
-POSITIVE_INTEGERS = (
-    "batch_size",
-    "epochs",
-    "batch.reference_size",
-    "dataset.classes",
-    "dataset.train_images",
-    "dataset.test_images",
-)
+POSITIVE_INTEGERS = ("batch_size", "epochs", "batch.reference_size")
 # Where a component has this setting, its least and greatest value; the least of "over" is excluded.
 RANGES: dict[str, tuple[str, float, float]] = {
     "norm.eps": ("over", 0, math.inf),
@@ -181,15 +174,8 @@ def check(config: DictConfig) -> None:
     check_study(config.study)
     if not config.outputs:
         raise ConfigError("outputs='' is not a folder: choose one, e.g. outputs=outputs")
-    for path, keys, known in (
-        ("", config, {f.name for f in fields(Config)}),
-        ("batch.", config.batch, {f.name for f in fields(BatchConfig)}),
-        ("dataset.", config.dataset, DATASET_KEYS),
-    ):
-        for key in set(keys) - known - {"hydra"} if OmegaConf.is_dict(keys) else ():
-            raise ConfigError(
-                f"{path}{key}: there is no such setting; see --cfg job for those there are"
-            )
+    _check_keys("", config, {f.name for f in fields(Config)} | {"hydra"})
+    _check_keys("batch.", config.batch, {f.name for f in fields(BatchConfig)})
     for key in ("model", "norm", "dataset", "optimizer", "schedule"):
         group = config[key]
         if not isinstance(group, DictConfig) or "_target_" not in group:
@@ -212,29 +198,14 @@ def check(config: DictConfig) -> None:
     for key, (bound, least, most) in RANGES.items():
         _check_range(config, key, bound, least, most)
 
+    _check_dataset(config.dataset)
     dataset = config.dataset
-    image = list(dataset.image) if OmegaConf.is_list(dataset.image) else []
-    if len(image) != 3 or not all(isinstance(size, int) and size >= 1 for size in image):
-        raise ConfigError(f"dataset.image={dataset.image}: give [channels, height, width]")
-    train_images = dataset.train_images
-    if dataset.train_size is not None:
-        check_integer("dataset.train_size", dataset.train_size, dataset.classes, train_images)
-        train_images = dataset.train_size
-    if config.batch_size > train_images:
+    images = dataset.train_images if dataset.train_size is None else dataset.train_size
+    if config.batch_size > images:
         raise ConfigError(
             f"batch_size={config.batch_size} is larger than the training set "
-            f"({train_images} images of {dataset.name}): choose at most {train_images}"
+            f"({images} images of {dataset.name}): choose at most {images}"
         )
-    for key in ("mean", "std"):
-        if not OmegaConf.is_list(dataset[key]):
-            raise ConfigError(f"dataset.{key}={dataset[key]}: must be a list, a number a channel")
-        numbers = [v for v in dataset[key] if isinstance(v, int | float) and math.isfinite(v)]
-        if len(numbers) != len(dataset[key]) or len(numbers) != image[0]:
-            raise ConfigError(
-                f"dataset.{key}={dataset[key]} must hold one number per channel ({image[0]})"
-            )
-    if min(dataset.std) <= 0:
-        raise ConfigError(f"dataset.std={dataset.std} must be positive")
 
 
 def one_line(error: BaseException) -> str:
@@ -265,6 +236,36 @@ def check_integer(key: str, value: Any, least: int, most: int | None = None) -> 
 def options(group: str) -> str:
     """List what ``conf/<group>`` offers, for a message."""
     return ", ".join(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")))
+
+
+def _check_keys(prefix: str, node: DictConfig, known: set[str]) -> None:
+    for key in sorted(set(map(str, node)) - known):
+        raise ConfigError(
+            f"{prefix}{key}: there is no such setting; --cfg job lists those there are"
+        )
+
+
+def _check_dataset(dataset: DictConfig) -> None:
+    _check_keys("dataset.", dataset, DATASET_KEYS)
+    for key in ("classes", "train_images", "test_images"):
+        check_integer(f"dataset.{key}", dataset[key], least=1)
+    if dataset.train_size is not None:
+        check_integer(
+            "dataset.train_size", dataset.train_size, dataset.classes, dataset.train_images
+        )
+    image = list(dataset.image) if OmegaConf.is_list(dataset.image) else []
+    if len(image) != 3 or not all(isinstance(size, int) and size >= 1 for size in image):
+        raise ConfigError(f"dataset.image={dataset.image}: give [channels, height, width]")
+    for key in ("mean", "std"):
+        values = list(dataset[key]) if OmegaConf.is_list(dataset[key]) else []
+        numbers = [v for v in values if isinstance(v, int | float) and math.isfinite(v)]
+        if len(numbers) != image[0] or len(values) != image[0]:
+            raise ConfigError(
+                f"dataset.{key}={dataset[key]}: must be a list of one number per channel "
+                f"({image[0]})"
+            )
+    if min(dataset.std) <= 0:
+        raise ConfigError(f"dataset.std={dataset.std}: must be positive")
 
 
 def _check_range(config: DictConfig, key: str, bound: str, least: float, most: float) -> None:

@@ -97,11 +97,11 @@ def _plan(config: DictConfig) -> None:
     sweeper = config.hydra.sweeper
     if sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
         return  # a sweeper that chooses its cells as it goes: each is checked as it starts
-    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    loader = GlobalHydra.instance().config_loader()
+    parser = OverridesParser.create(config_loader=loader)
     arguments = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
     arguments += list(config.hydra.overrides.task)
     [batch] = BasicSweeper.split_arguments(parser.parse_overrides(arguments), max_batch_size=None)
-    loader = GlobalHydra.instance().config_loader()
     configs = [loader.load_sweep_config(config, list(overrides)) for overrides in batch]
     _check(configs)
     cells = [_cell(c, str(Path(c.hydra.sweep.dir) / run_id(c))) for c in configs]
