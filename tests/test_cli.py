@@ -197,7 +197,13 @@ def test_an_interrupted_sweep_resumes_and_ends_as_if_it_never_was(cli, tmp_path,
 
 def test_presets_that_are_grids_sweep_and_the_command_line_wins(cli, tmp_path):
     done = cli(
-        "experiment=quickstart", *tiny.OVERRIDES, "batch_size=8", "norm=ln,none", "seed=3", check=0
+        "experiment=quickstart",
+        *tiny.OVERRIDES,
+        "dataset.train_size=null",
+        "batch_size=8",
+        "norm=ln,none",
+        "seed=3",
+        check=0,
     )
     assert len(done.stdout.splitlines()) == 3
     assert {name.rpartition("-")[0] for name in statuses(tmp_path)} == {
