@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from gnbench import cli, sweep
-from gnbench.config import conf_dir
+from gnbench.config import conf_dir, one_line, run_id
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +35,9 @@ def app(config: DictConfig) -> float:
     except Exception as error:
         if not sweeping:
             raise SystemExit(cli.report(error)) from error
-        if not cli.is_explained(error):
-            log.exception("a bug, or a component's own fault:")
-        return math.nan  # run.json says why, and so does the table at the end
+        sweep.failed[run_id(config)] = one_line(error)
+        log.error("%s: %s", run_id(config), one_line(error), exc_info=not cli.is_explained(error))
+        return math.nan
     if not sweeping and record["status"] == "out_of_memory":
         raise SystemExit(cli.FAILED)
     return float(record["result"]["test_error"]) if record["result"] else math.nan

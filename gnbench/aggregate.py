@@ -308,8 +308,8 @@ def _table_line(label: str, texts: Any, width: int, columns: Sequence[int]) -> s
 
 
 def _unfinished(row: pd.Series) -> str:
-    message = f": {str(row['error']).splitlines()[0]}" if isinstance(row["error"], str) else ""
-    return f"{row['status']:<13} {row['run_id']}{message}"
+    message = row["error"].partition("\n")[0] if isinstance(row["error"], str) else ""
+    return f"{row['status']:<13} {row['run_id']}" + (f": {message}" if message else "")
 
 
 def _flat_record(study: str, folder: Path) -> dict[str, Any]:
@@ -366,20 +366,19 @@ def _drop_duplicates(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 
 def _missing(study: Study) -> list[str]:
-    """Name the cells that a sweep planned, or that the grid evidently lacks."""
-    begun = set(study.runs["run_id"])
-    planned = [cell for cell in read_plans(study.path) if cell.run_id not in begun]
-    missing = [f"{cell.run_id} (planned by a sweep)" for cell in planned]
-    cell = [*CELL, "seed"]
-    named = {tuple(getattr(c, key) for key in cell) for c in planned}
-    named |= set(study.runs[cell].itertuples(index=False, name=None))
+    """Name the cells that the sweeps of a study planned; without a plan, what its grid lacks."""
+    plan = read_plans(study.path)
+    if plan:
+        begun = set(study.runs["run_id"])
+        return [f"{cell.run_id} (planned by a sweep)" for cell in plan if cell.run_id not in begun]
+    missing = []
     for (dataset, model), group in study.runs.groupby(["dataset", "model"]):
+        found = set(group[["norm", "batch_size", "seed"]].itertuples(index=False, name=None))
         axes = (sorted(group[key].unique()) for key in ("norm", "batch_size", "seed"))
         for norm, size, seed in itertools.product(*axes):
-            if (dataset, model, norm, size, seed) not in named:
-                missing.append(
-                    f"{dataset}-{model}-{norm}-bs{size}-seed{seed} (others of its grid ran)"
-                )
+            if (norm, size, seed) not in found:
+                name = f"{dataset}-{model}-{norm}-bs{size}-seed{seed}"
+                missing.append(f"{name} (others of its grid ran)")
     return missing
 
 

@@ -193,7 +193,11 @@ def check(config: DictConfig) -> None:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
         raise ConfigError(f"device={config.device}: choose one of auto, cpu, cuda, cuda:N")
     betas = config.optimizer.get("betas")
-    if betas is not None and not (OmegaConf.is_list(betas) and len(betas) == 2):
+    if betas is not None and not (
+        OmegaConf.is_list(betas)
+        and len(betas) == 2
+        and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas)
+    ):
         raise ConfigError(f"optimizer.betas={betas}: give two numbers from 0 to below 1")
     for key, (bound, least, most) in RANGES.items():
         _check_range(config, key, bound, least, most)

@@ -134,20 +134,22 @@ def _carry_out(config: DictConfig, place: runs.Run, stop: _Stop) -> dict[str, An
         seconds_before = _resume(config, place, training, device)
         _announce(config, training)
         _train(config, place, training, stop, lambda: seconds_before + time.monotonic() - started)
-        place.finish(training.engine.model.state_dict())
+        place.save_model(training.engine.model.state_dict())
     except torch.OutOfMemoryError as error:
-        log.error("%s: out of memory: %s", run_id(config), str(error).splitlines()[0])
-        return close("out_of_memory", str(error).splitlines()[0], seconds_before)
+        message = str(error).partition("\n")[0]
+        log.error("%s: out of memory: %s", run_id(config), message)
+        return close("out_of_memory", message, seconds_before)
     except KeyboardInterrupt:
         close("interrupted", None, seconds_before)
         log.warning("%s interrupted; the same command resumes it", run_id(config))
         raise
     except Exception as error:
-        message = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {error}"
         close("failed", message, seconds_before)
         log.error("%s failed: %s", run_id(config), message)
         raise
     record = close("diverged" if training.diverged else "completed", None, seconds_before)
+    place.remove_checkpoint()  # not before the record: one of the two says how far the run is
     log.info(
         "%s %s in %s: test error %.2f %% (median of the last epochs; last epoch %.2f %%)",
         run_id(config),

@@ -147,15 +147,12 @@ def build_training(config: DictConfig, dataset: Dataset) -> Training:
         )
     )
     drop_last = must_drop_last(config)
-    epoch_steps = steps_per_epoch(len(train), config.batch_size, drop_last)
-    total_steps = config.epochs * epoch_steps
-    if config.batch.fixed == "steps":
-        total_steps = config.epochs * steps_per_epoch(len(train), config.batch.reference_size)
+    total_steps, schedule_epoch = training_length(config, drop_last)
     engine = EagerEngine(
         model,
         build_optimizer(config, model),
         base_lr(config),
-        build_schedule(config, total_steps, epoch_steps),
+        build_schedule(config, total_steps, schedule_epoch),
         config.precision,
         device,
     )
@@ -169,6 +166,19 @@ def build_training(config: DictConfig, dataset: Dataset) -> Training:
         seed=config.seed,
         augmentation=settings.augmentation,
     )
+
+
+def training_length(config: DictConfig, drop_last: bool) -> tuple[int, int]:
+    """Return the steps of the whole training, and those of what its schedule calls an epoch.
+
+    With ``batch.fixed=steps`` both are those at ``batch.reference_size``, whatever the batch size.
+    """
+    images = config.dataset.train_size or config.dataset.train_images
+    if config.batch.fixed == "steps":
+        epoch_steps = steps_per_epoch(images, config.batch.reference_size)
+    else:
+        epoch_steps = steps_per_epoch(images, config.batch_size, drop_last)
+    return config.epochs * epoch_steps, epoch_steps
 
 
 def base_lr(config: DictConfig) -> float:
@@ -211,8 +221,7 @@ def check_run(config: DictConfig) -> None:
         raise _config_error(config, "model", "norm", "batch_size", error=error)
     with torch.random.fork_rng(devices=[]):
         build_optimizer(config, nn.Linear(1, 1))
-    # A length like the real one: the warm-up must fit, in however few epochs.
-    build_schedule(config, total_steps=100 * config.epochs, epoch_steps=100)
+    build_schedule(config, *training_length(config, must_drop_last(config)))
 
 
 def must_drop_last(config: DictConfig) -> bool:
@@ -260,12 +269,12 @@ def _objection(config: DictConfig, batch_size: int) -> Exception | None:
             return None
         except ConfigError:
             raise
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             if "meta" not in str(error):
                 return error
         try:
             build_model(config).train()(torch.zeros(min(batch_size, 2), *config.dataset.image))
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             return error
     return None
 
@@ -295,6 +304,9 @@ def _check_types(key: str, node: DictConfig) -> None:
         plain = {"bool": bool, "int": int, "str": str}.get(wanted)
         if plain is not None and type(value) is not plain:
             raise ConfigError(f"{key}.{name}={value}: must be of type {wanted}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if wanted == "float" and not number:
+            raise ConfigError(f"{key}.{name}={value}: must be a number")
         if wanted in elements and not (
             OmegaConf.is_list(value) and all(isinstance(v, elements[wanted]) for v in value)
         ):

@@ -94,11 +94,12 @@ def draw_errors(
             points = seeds.merge(line[[*_CELL, *settings]], on=[*_CELL, *settings])
             if len(points) > len(line):
                 axis.plot(points["batch_size"], points["test_error"], ".", color=colour, alpha=0.35)
+        sizes = set(rows["batch_size"])
         if reference is not None:
-            _overlay(axis, reference, dataset, model, baseline, colours)
+            sizes |= _overlay(axis, reference, dataset, model, baseline, colours)
         for _, row in baselines[baselines["dataset"] == dataset].iterrows():
             _baseline(axis, row, settings)
-        _batch_size_axis(axis, rows["batch_size"], order)
+        _batch_size_axis(axis, sizes, order)
         axis.set_title(f"{dataset}, {model}")
         axis.set_ylabel("test error (%)")
         axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
@@ -208,8 +209,8 @@ def _styles(norms: pd.Series) -> dict[str, tuple[str, str]]:
     return STYLES | more
 
 
-def _batch_size_axis(axis: Axes, sizes: pd.Series, order: str) -> None:
-    ticks = sorted(set(sizes))
+def _batch_size_axis(axis: Axes, sizes: set[int], order: str) -> None:
+    ticks = sorted(sizes)
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [str(size) for size in ticks])
     axis.set_xticks([], minor=True)
@@ -234,7 +235,8 @@ def _overlay(
     model: str,
     baseline: str | None,
     colours: dict[str, tuple[str, str]],
-) -> None:
+) -> set[int]:
+    """Draw the published values of a panel; return their batch sizes."""
     of_dataset = reference[reference["dataset"] == dataset]
     values = of_dataset[of_dataset["model"] == model]
     for _, row in of_dataset[of_dataset["model"] == baseline].iterrows():
@@ -253,3 +255,4 @@ def _overlay(
             label=f"{str(norm).upper()}, {source}",
             zorder=2,
         )
+    return set(values["batch_size"])

@@ -99,7 +99,7 @@ class Run:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Append a row to ``metrics.csv``."""
-        new = not self.metrics_path.exists()
+        new = not self.metrics_path.exists() or self.metrics_path.stat().st_size == 0
         with self.metrics_path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, METRICS, lineterminator="\n")
             if new:
@@ -108,7 +108,8 @@ class Run:
 
     def keep_epochs(self, epochs: int) -> None:
         """Cut ``metrics.csv`` down to the first ``epochs`` epochs, atomically."""
-        if not self.metrics_path.exists():
+        if epochs == 0:
+            self.metrics_path.unlink(missing_ok=True)
             return
         text = self.metrics_path.read_text(encoding="utf-8")
         lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
@@ -143,9 +144,12 @@ class Run:
                 f"{self.checkpoint_path} is not a whole checkpoint ({type(error).__name__})"
             ) from error
 
-    def finish(self, model_state: Mapping[str, Any]) -> None:
-        """Write ``model.pt`` and remove the checkpoint, which it supersedes."""
+    def save_model(self, model_state: Mapping[str, Any]) -> None:
+        """Replace ``model.pt`` atomically."""
         _save(self.model_path, model_state)
+
+    def remove_checkpoint(self) -> None:
+        """Remove the checkpoint of a run whose record says that it is complete."""
         self.checkpoint_path.unlink(missing_ok=True)
 
 
@@ -214,7 +218,10 @@ def versions() -> dict[str, str]:
 
 def _gnbench_version() -> str:
     """Return the version, in a checkout with its commit: ``0.1.0+g1a2b3c4`` or ``….dirty``."""
-    version = importlib.metadata.version("gnbench")
+    try:
+        version = importlib.metadata.version("gnbench")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout without installing it
+        version = "0"
     checkout = Path(__file__).resolve().parents[1]
     if not (checkout / ".git").exists():
         return version

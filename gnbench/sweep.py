@@ -39,6 +39,7 @@ class Cell:
 
 
 planned: list[Cell] = []  # the cells of the sweep that this process started
+failed: dict[str, str] = {}  # by run id: what this process saw fail, though no record may say so
 
 
 class CheckBeforeStart(Callback):
@@ -84,12 +85,14 @@ def table(cells: Sequence[Cell]) -> tuple[str, bool]:
             record = runs.Run(cell.directory).record() or {"status": "missing"}
         except runs.DamagedError as error:
             record = {"status": "failed", "error": str(error)}
+        if cell.run_id in failed and record["status"] != "failed":
+            record = {"status": "failed", "error": failed[cell.run_id]}
         done = done and record["status"] in runs.FINISHED
         result = record.get("result")
         error_text = f"{result['test_error']:.2f} %" if result else "–"
         lines.append(f"{record['status']:<14}{error_text:>11}  {cell.directory}")
         if record.get("error"):
-            lines.append(f"{'':<14}{'':>11}  {str(record['error']).splitlines()[0]}")
+            lines.append(f"{'':<14}{'':>11}  {str(record['error']).partition(chr(10))[0]}")
     return "\n".join(lines), done
 
 

@@ -171,6 +171,9 @@ def test_missing_cells_are_named(study):
     assert missing == [
         "cifar10-simplenetv2-bn-bs64-seed0-0123456b (planned by a sweep)",
         "cifar10-simplenetv2-gn-bs64-seed0-0123456g (planned by a sweep)",
+    ]
+    (study / "sweep-00000000.json").unlink()  # without a plan, what the grid evidently lacks
+    assert read_study(study).missing == [
         *(f"cifar10-simplenetv2-bn-bs32-seed{s} (others of its grid ran)" for s in range(3)),
         *(f"cifar10-simplenetv2-gn-bs32-seed{s} (others of its grid ran)" for s in (1, 2)),
     ]
@@ -290,6 +293,9 @@ def test_published_values_are_hollow_markers(study):
     hollow = [line for line in figure.axes[0].lines if line.get_markerfacecolor() == "none"]
     assert [line.get_label() for line in hollow] == ["BN, deuscher2021", "GN, deuscher2021"]
     assert list(hollow[0].get_ydata()) == [17.4, 16.4, 15.8, 15.5, 15.0, 14.2]
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == [
+        "2", "4", "8", "16", "32", "64",
+    ]  # fmt: skip
     dotted = {line.get_label(): line for line in figure.axes[0].lines}["resnet34 BN, deuscher2021"]
     assert list(dotted.get_ydata()) == [7.9, 7.9]
     with pytest.raises(ConfigError, match=r"figure\.reference=nobody: choose one of deuscher2021"):
@@ -353,6 +359,14 @@ def test_bad_input_is_refused_before_anything_is_written(study):
 def test_a_reference_that_has_nothing_to_compare_is_said(study, capsys):
     write_studies(study.parent, reference="wu2018")
     assert "figure.reference=wu2018: no values for these networks" in capsys.readouterr().out
+
+
+def test_an_error_without_words_does_not_stop_it(study):
+    run = put(study, 1.0, seed=5, status="failed")
+    run.write_record(run.record() | {"error": ""})
+    found = read_study(study)
+    text = describe(found, summarize(found.runs), "descending")
+    assert f"failed        {found.unfinished['run_id'].iloc[0]}\n" in text
 
 
 def test_a_study_of_failures_alone_has_tables_and_no_figure(tmp_path, capsys):

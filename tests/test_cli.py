@@ -160,6 +160,24 @@ def test_no_data_is_one_clear_line_that_says_what_to_do(cli, tmp_path):
     assert set(statuses(tmp_path).values()) == {"failed"}
 
 
+def test_a_sweep_that_cannot_be_run_again_says_so_and_fails(cli, tmp_path):
+    """The old results stand, but that is not what was asked for."""
+    module = tmp_path / "coming_and_going.py"
+    module.write_text(
+        "import os\nfrom tests import tiny\nfrom gnbench.datasets import DataError\n"
+        "def images(root=None):\n"
+        "    if 'GONE' in os.environ: raise DataError('the images are gone')\n"
+        "    return tiny.dataset()\n"
+    )
+    env = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    sweep = ("-m", *tiny.OVERRIDES, "norm=bn,gn", "dataset._target_=coming_and_going.images")
+    cli(*sweep, env=env, check=0)
+    done = cli(*sweep, "rerun=true", env={**env, "GONE": "1"}, check=1)
+    assert done.stdout.count("the images are gone") == 2
+    assert done.stderr.count("the images are gone") == 2
+    assert set(statuses(tmp_path).values()) == {"completed"}
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
 )

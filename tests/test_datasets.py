@@ -71,9 +71,10 @@ def test_no_source_is_one_clear_message(tmp_path, checksums):
     assert message.startswith("demo is not to be had here. Tried: one (no route to host); two (")
     assert message.endswith("By hand: put demo.bin into the root")
     assert "\n" not in message
-    with pytest.raises(DataError, match="not to be had here"):
-        load(tmp_path, checksums, ("one", good))  # the next run of a sweep does not try again
+    with pytest.raises(DataError, match=r"not to be had here\. Tried: one"):
+        load(tmp_path, checksums, ("one", broken), ("two", good))  # the network is not tried again
     assert not (tmp_path / "demo.npz").exists()
+    assert load(tmp_path, checksums, ("by hand", good))  # what was laid down since is found
 
 
 def damage(path, how):
@@ -83,6 +84,11 @@ def damage(path, how):
     elif how == "flipped":
         middle = data.index(ARRAYS["train_images"].tobytes()) + 5
         path.write_bytes(data[:middle] + b"\xff" + data[middle + 1 :])
+    elif how == "encrypted":  # the flag bits of the first entry, there and in the directory
+        data = bytearray(data)
+        data[6] |= 1
+        data[data.index(b"PK\x01\x02") + 8] |= 1
+        path.write_bytes(data)
     elif how == "garbage":
         path.write_bytes(b"not an archive")
     elif how == "empty":
@@ -96,7 +102,7 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize(
-    "how", ["truncated", "flipped", "garbage", "empty", "pickle", "incomplete"]
+    "how", ["truncated", "flipped", "encrypted", "garbage", "empty", "pickle", "incomplete"]
 )
 def test_a_damaged_cache_is_said_set_aside_and_rebuilt(tmp_path, checksums, how, caplog):
     load(tmp_path, checksums, ("good", good))
@@ -208,6 +214,14 @@ def test_idx_files_laid_down_by_hand(tmp_path):
     (folder / sources.FASHION_MNIST_FILES["test_labels"]).unlink()
     with pytest.raises(FileNotFoundError, match="t10k-labels"):
         sources.fashion_mnist_by_hand(tmp_path, tmp_path)
+
+
+def test_a_damaged_archive_laid_down_by_hand_is_neither_used_nor_touched(tmp_path):
+    (tmp_path / sources.CIFAR10_ARCHIVE).write_bytes(b"half of it")
+    (tmp_path / "work").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no whole cifar-10-python\.tar\.gz"):
+        sources.cifar10_by_hand(tmp_path, tmp_path / "work")
+    assert (tmp_path / sources.CIFAR10_ARCHIVE).read_bytes() == b"half of it"
 
 
 def test_a_package_client_that_is_missing_or_fails_is_named(tmp_path):

