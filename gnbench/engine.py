@@ -20,7 +20,6 @@ class EagerEngine:
     """
 
     name = "eager"
-    steps_per_call = 1
 
     def __init__(
         self,

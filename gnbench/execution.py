@@ -131,7 +131,7 @@ def _carry_out(config: DictConfig, place: runs.Run, stop: _Stop) -> dict[str, An
     seconds_before = 0.0
     try:
         training = build_training(config, load_dataset(config))
-        seconds_before = _resume(config, place, training, device)
+        seconds_before = _resume(config, place, training)
         _announce(config, training)
         _train(config, place, training, stop, lambda: seconds_before + time.monotonic() - started)
         place.save_model(training.engine.model.state_dict())
@@ -199,10 +199,10 @@ def _existing_record(place: runs.Run) -> dict[str, Any] | None:
         return None
 
 
-def _resume(config: DictConfig, place: runs.Run, training: Training, device: torch.device) -> float:
+def _resume(config: DictConfig, place: runs.Run, training: Training) -> float:
     """Continue from the checkpoint if there is a whole one; return the seconds spent before it."""
     try:
-        state = place.load_checkpoint(device)
+        state = place.load_checkpoint()
         if state is not None and state.get("run_id") != run_id(config):
             raise runs.DamagedError(f"{place.checkpoint_path} belongs to another run")
         if state is not None and len(place.rows()) < state["position"]["epoch"]:

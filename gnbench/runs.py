@@ -14,10 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 METRICS = (
     "epoch",
@@ -124,8 +121,8 @@ class Run:
         """Replace ``checkpoint.pt`` atomically."""
         _save(self.checkpoint_path, state)
 
-    def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
-        """Return the state of ``checkpoint.pt`` on ``device``, or None if there is none.
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """Return the state of ``checkpoint.pt`` on the CPU, or None if there is none.
 
         Raises:
             DamagedError: if it cannot be read.
