@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import sys
 from pathlib import Path
 
@@ -12,10 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from gnbench import cli, sweep
-from gnbench.config import conf_dir, one_line, run_id
-
-log = logging.getLogger(__name__)
+from gnbench import cli, distributed, launchers, sweep
+from gnbench.config import conf_dir
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
@@ -24,32 +20,36 @@ def app(config: DictConfig) -> float:
 
     In a sweep a failing run is recorded and the others go on.
     """
+    directory = HydraConfig.get().runtime.output_dir
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        launchers.enter()
+        return sweep.attempt(config, directory)
     from gnbench.execution import run  # imports torch: not for --help
 
-    directory = HydraConfig.get().runtime.output_dir
-    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
-    if sweeping:
-        sweep.note(config, directory)
     try:
         record = run(config, Path(directory))
     except Exception as error:
-        if not sweeping:
-            raise SystemExit(cli.report(error)) from error
-        sweep.failed[run_id(config)] = one_line(error)
-        log.error("%s: %s", run_id(config), one_line(error), exc_info=not cli.is_explained(error))
-        return math.nan
-    if not sweeping and record["status"] == "out_of_memory":
+        raise SystemExit(cli.report(error)) from error
+    if record["status"] == "out_of_memory":
         raise SystemExit(cli.FAILED)
-    return float(record["result"]["test_error"]) if record["result"] else math.nan
+    return sweep.test_error(record)
+
+
+def _work() -> None:
+    app()
+    sweep.return_to_passed_over()
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 failed, 2 bad input, 130 or 143 interrupted."""
-    code = cli.call(app)
-    if sweep.planned:
-        text, done = sweep.table(sweep.planned)
+    """Run the command line.
+
+    Exit codes: 0 done, 1 failed, 2 bad input, 3 others are still at work, 130 or 143 interrupted.
+    """
+    code = cli.call(launchers.heeding_signals()(_work))
+    if sweep.planned and distributed.rank() == 0:
+        text, verdict = sweep.account()
         print(text)
-        code = code or (cli.DONE if done else cli.FAILED)
+        code = code or verdict
     sys.exit(code)
 
 

@@ -19,8 +19,8 @@ from omegaconf import DictConfig
 from scipy.special import stdtrit
 
 from gnbench import cli, runs
-from gnbench.config import ConfigError, check_study, conf_dir, identity, run_id
-from gnbench.sweep import read_plans
+from gnbench.config import ConfigError, conf_dir, identity, processes, run_id
+from gnbench.grid import find_studies, read_plans
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ RECORD = [
     "error",
     "directory",
 ]
+VERSIONS = ("gnbench", "torch", "python")
 CONFIDENCE = 0.95
 PUBLISHED = Path(__file__).parent / "data" / "published.csv"
 
@@ -57,6 +58,7 @@ class Study:
     runs: pd.DataFrame
     problems: list[str] = field(default_factory=list)  # damaged or duplicated runs
     missing: list[str] = field(default_factory=list)  # planned or evidently meant, never begun
+    notes: list[str] = field(default_factory=list)  # what a reader should weigh
 
     @property
     def finished(self) -> pd.DataFrame:
@@ -83,28 +85,6 @@ def read_runs(outputs: str | Path = "outputs", study: str | None = None) -> pd.D
     )
 
 
-def find_studies(outputs: str | Path, study: str | None = None) -> list[Path]:
-    """Return the folder of ``study``, or of every study under ``outputs``.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    root = Path(outputs)
-    found = sorted(path.parent for path in root.glob("*/*/run.json"))
-    studies = sorted({path.parent for path in found})
-    if study is not None:
-        check_study(study)
-        studies = [path for path in studies if path.name == study]
-    if not studies:
-        names = sorted({path.parent.name for path in found})
-        raise ConfigError(
-            f"outputs={outputs}: no runs there yet; begin with: python -m gnbench"
-            if study is None or not names
-            else f"study={study}: no runs in {root / study}; choose one of {', '.join(names)}"
-        )
-    return studies
-
-
 def read_study(path: Path) -> Study:
     """Read every run of a study; nothing half-written or damaged stops it."""
     rows: list[dict[str, Any]] = []
@@ -128,6 +108,7 @@ def read_study(path: Path) -> Study:
     table, duplicates = _drop_duplicates(table)
     study = Study(path, table, problems + duplicates)
     study.missing = _missing(study)
+    study.notes = _mixed_versions(study.finished)
     return study
 
 
@@ -260,6 +241,7 @@ def write_studies(
             for suffix in ("png", "svg", "pdf"):
                 figure.save(drawing, each.path / f"figure.{suffix}")
         metrics = read_metrics(each.runs)
+        each.notes += _short_metrics(each.finished, metrics)
         if not metrics.empty:
             settings = differing(each.runs)
             names = ["run_id", *settings]
@@ -296,6 +278,7 @@ def describe(study: Study, summary: pd.DataFrame, order: str) -> str:
         ("not finished", [_unfinished(row) for _, row in study.unfinished.iterrows()]),
         ("missing", study.missing),
         ("left out", study.problems),
+        ("note", study.notes),
     ):
         if entries:
             lines += ["", f"{title}:", *(f"  {entry}" for entry in entries)]
@@ -332,7 +315,8 @@ def _flat_record(study: str, folder: Path) -> dict[str, Any]:
         "epochs_done": result.get("epochs"),
         "directory": str(folder),
     }
-    row |= {key: versions.get(key) for key in ("gnbench", "torch", "python")}
+    row["processes"] = processes(record["config"])
+    row |= {key: versions.get(key) for key in VERSIONS}
     row |= {key: record.get(key) for key in RECORD if key not in row}
     if row["status"] in runs.FINISHED and not isinstance(row["test_error"], int | float):
         raise runs.DamagedError(f"{folder / 'run.json'} is {row['status']} but has no result")
@@ -363,6 +347,29 @@ def _drop_duplicates(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         for _, row in extra.iterrows()
     ]
     return table.drop(index=extra.index).reset_index(drop=True), problems
+
+
+def _short_metrics(finished: pd.DataFrame, metrics: pd.DataFrame) -> list[str]:
+    """Name the finished runs whose metrics have fewer whole rows than the run had epochs."""
+    whole = metrics.groupby("run_id").size()
+    table = finished.assign(rows=finished["run_id"].map(whole).fillna(0))
+    short = table[table["rows"] < pd.to_numeric(table["epochs_done"]).fillna(0)]
+    return [
+        f"{row['directory']}/metrics.csv has {row['rows']:.0f} whole rows of "
+        f"{row['epochs_done']:.0f}; the result stands in run.json"
+        for _, row in short.iterrows()
+    ]
+
+
+def _mixed_versions(finished: pd.DataFrame) -> list[str]:
+    """Say so if the results of a study were made by different versions."""
+    notes = []
+    for name in VERSIONS:
+        counts = finished[name].value_counts(dropna=False)
+        if len(counts) > 1:
+            parts = ", ".join(f"{version} ({count} runs)" for version, count in counts.items())
+            notes.append(f"runs of different versions of {name} together: {parts}")
+    return notes
 
 
 def _missing(study: Study) -> list[str]:

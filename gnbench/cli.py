@@ -10,9 +10,11 @@ from collections.abc import Callable
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from gnbench import distributed
 from gnbench.config import ConfigError, one_line
+from gnbench.presence import LockedError
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, BAD_INPUT, AT_WORK, INTERRUPTED = 0, 1, 2, 3, 130
 
 _composed = False
 _wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -31,7 +33,8 @@ def is_config_fault(error: BaseException) -> bool:
 
 def is_explained(error: BaseException) -> bool:
     """Tell a fault that its message explains (bad input, no data, full disk) from a bug."""
-    return is_config_fault(error) or isinstance(error, OSError)
+    of_cluster = type(error).__module__.startswith("submitit.")  # such as what sbatch refuses
+    return is_config_fault(error) or isinstance(error, OSError) or of_cluster
 
 
 def report(error: BaseException) -> int:
@@ -39,15 +42,18 @@ def report(error: BaseException) -> int:
     bad_input = is_config_fault(error) or not _composed
     if _wants_traceback or not (bad_input or is_explained(error)):
         traceback.print_exception(error)
-    else:
+    elif distributed.rank() == 0 or not bad_input:  # all processes of a run found the same fault
         print(f"gnbench: {one_line(error)}", file=sys.stderr)
+    if isinstance(error, LockedError):
+        return AT_WORK
     return BAD_INPUT if bad_input else FAILED
 
 
 def call(app: Callable[[], None]) -> int:
-    """Call a Hydra application and return the exit code; HYDRA_FULL_ERROR=1 shows tracebacks.
+    """Call a Hydra application, or what may end as one does, and return the exit code.
 
-    The application itself exits by `report`: what it raises Hydra would announce in its own words.
+    HYDRA_FULL_ERROR=1 shows tracebacks. A Hydra application itself exits by `report`: what it
+    raises Hydra would announce in its own words.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise, not print over several lines
     try:

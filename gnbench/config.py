@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -39,7 +40,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "dataset.augmentation": ("none", "flip", "pad_crop_flip"),
     "optimizer.decay_norm_and_bias": (True, False),
 }
-POSITIVE_INTEGERS = ("batch_size", "epochs", "batch.reference_size")
+POSITIVE_INTEGERS = ("batch_size", "epochs", "batch.reference_size", "processes")
 # Where a component has this setting, its least and greatest value; the least of "over" is excluded.
 RANGES: dict[str, tuple[str, float, float]] = {
     "norm.eps": ("over", 0, math.inf),
@@ -99,6 +100,7 @@ class Config:
     epochs: int = MISSING
     seed: int = MISSING
     precision: str = MISSING
+    processes: int = MISSING
 
     study: str = MISSING
     outputs: str = MISSING
@@ -107,6 +109,7 @@ class Config:
     checkpoint_seconds: float = MISSING
     progress: str = MISSING
     rerun: bool = MISSING
+    wait: bool = MISSING
 
 
 @dataclass
@@ -127,6 +130,14 @@ class AggregateConfig:
     figure: FigureConfig = field(default_factory=FigureConfig)
 
 
+@dataclass
+class StatusConfig:
+    """The types of ``conf/status.yaml``; the values stand there."""
+
+    outputs: str = MISSING
+    study: str | None = MISSING
+
+
 def conf_dir() -> Path:
     """Return the folder of the YAML files: in the package in a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parent
@@ -140,22 +151,33 @@ def identity(config: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
     ``config`` is a composed configuration or the ``config`` of a ``run.json``.
     """
     settings = {key: _plain(config[key]) for key in IDENTITY}
+    if processes(config) > 1:  # a run on one has the name it had before there were several
+        settings["processes"] = processes(config)
     for group, keys in NOT_IDENTITY.items():
         settings[group] = {k: v for k, v in settings[group].items() if k not in keys}
     return settings
 
 
+def processes(config: Mapping[str, Any] | DictConfig) -> int:
+    """Return how many processes train a run together, each on ``batch_size`` images a step."""
+    return int(config.get("processes", 1))
+
+
+def digest(config: Mapping[str, Any] | DictConfig) -> str:
+    """Return the SHA-256 of the identity, in hexadecimal."""
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
+
+
 def run_id(config: Mapping[str, Any] | DictConfig) -> str:
     """Name a run: ``<dataset>-<model>-<norm>-bs<N>-seed<S>-<8 hex digits of its identity>``."""
     settings = identity(config)
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     parts = (
         settings["dataset"]["name"],
         settings["model"]["name"],
         settings["norm"]["name"],
         f"bs{settings['batch_size']}",
         f"seed{settings['seed']}",
-        digest,
+        digest(config)[:8],
     )
     return "-".join(str(part) for part in parts)
 
@@ -205,10 +227,12 @@ def check(config: DictConfig) -> None:
     _check_dataset(config.dataset)
     dataset = config.dataset
     images = dataset.train_images if dataset.train_size is None else dataset.train_size
-    if config.batch_size > images:
+    most = images // config.processes
+    if config.batch_size > most:
+        by = f" for {config.processes} processes" if config.processes > 1 else ""
         raise ConfigError(
-            f"batch_size={config.batch_size} is larger than the training set "
-            f"({images} images of {dataset.name}): choose at most {images}"
+            f"batch_size={config.batch_size}{by} is larger than the training set "
+            f"({images} images of {dataset.name}): choose at most {most}"
         )
 
 
@@ -298,6 +322,10 @@ def _plain(node: Any) -> Any:
     return node
 
 
+# Ours are to replace the plugins' configurations of the same name; Hydra advises against it.
+warnings.filterwarnings("ignore", r"\n'hydra/launcher/\w+' is validated against ConfigStore schema")
+
 ConfigStore.instance().store(name="schema", node=Config)
 ConfigStore.instance().store(name="aggregate_schema", node=AggregateConfig)
+ConfigStore.instance().store(name="status_schema", node=StatusConfig)
 OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(_root_), replace=True)

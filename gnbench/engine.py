@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gnbench.batches import EpochPlan, ResidentData
+from gnbench.distributed import Crew
 from gnbench.schedules import Schedule
 
 EVALUATION_CHUNK = 500  # images a forward pass; fixed, so that the test error is reproducible
@@ -16,7 +22,8 @@ class EagerEngine:
     """The loop anybody would write over resident data, and the reference for any faster one.
 
     Nothing in a step asks the device for a value: loss and errors add up in ``loss_sum``
-    (float64) and ``wrong`` (int64) until `take_totals`.
+    (float64) and ``wrong`` (int64) until `take_totals`. In a crew of several processes each takes
+    its share of a batch, and the gradients are those of the mean over the whole batch.
     """
 
     name = "eager"
@@ -29,8 +36,11 @@ class EagerEngine:
         schedule: Schedule,
         precision: str,
         device: torch.device,
+        crew: Crew | None = None,
     ) -> None:
         self.model = model
+        self.crew = crew or Crew()
+        self._network = model if self.crew.size == 1 else _averaging_gradients(model)
         self.optimizer = optimizer
         self.base_lr = base_lr
         self.schedule = schedule
@@ -49,20 +59,27 @@ class EagerEngine:
         """Take step ``step`` on the positions ``start`` to ``stop`` of the epoch."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        inputs, labels = data.batch(plan, start, stop)
+        inputs, labels = data.batch(plan, *self.crew.share(start, stop))
         with self._autocast():
-            logits = self.model(inputs)
+            logits = self._network(inputs)
         loss = F.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        # The processes' gradients are averaged: weighted so, every image counts the same.
+        weight = self.crew.size * len(labels) / (stop - start)
+        (loss if weight == 1 else weight * loss).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self._count(loss.detach() * len(labels), logits.detach(), labels)
 
     @torch.inference_mode()
     def evaluate(self, data: ResidentData) -> tuple[float, int]:
-        """Return the summed loss and the number of errors over every image once, in eval mode."""
+        """Return the summed loss and the number of errors over every image once, in eval mode.
+
+        Several processes share the chunks, all with the running statistics of rank 0.
+        """
+        self.crew.adopt(list(self.model.buffers()))
         self.model.eval()
-        for start in range(0, len(data), EVALUATION_CHUNK):
+        first, every = self.crew.rank * EVALUATION_CHUNK, self.crew.size * EVALUATION_CHUNK
+        for start in range(first, len(data), every):
             inputs, labels = data.chunk(start, start + EVALUATION_CHUNK)
             with self._autocast():
                 logits = self.model(inputs)
@@ -72,7 +89,7 @@ class EagerEngine:
 
     def totals(self) -> tuple[float, int]:
         """Return the summed loss and the number of errors so far; waits for the device."""
-        return self.loss_sum.item(), int(self.wrong.item())
+        return self.crew.add(self.loss_sum).item(), int(self.crew.add(self.wrong).item())
 
     def take_totals(self) -> tuple[float, int]:
         """Return `totals` and start again from zero."""
@@ -81,7 +98,7 @@ class EagerEngine:
         return totals
 
     def set_totals(self, loss_sum: float, wrong: int) -> None:
-        """Continue counting from these values."""
+        """Have this process continue counting from these values."""
         self.loss_sum.fill_(loss_sum)
         self.wrong.fill_(wrong)
 
@@ -91,3 +108,13 @@ class EagerEngine:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def _averaging_gradients(model: nn.Module) -> DistributedDataParallel:
+    """Wrap ``model`` so that the processes average their gradients; buffers stay each one's own."""
+    # Newer releases of torch have another word for it.
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {option: False}
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    return DistributedDataParallel(model, **options)

@@ -2,89 +2,120 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
-import platform
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from gnbench import runs
-from gnbench.config import run_id
+from gnbench import devices, distributed, runs, signals
+from gnbench.config import ConfigError, digest, run_id
+from gnbench.datasets import Dataset
+from gnbench.distributed import Crew
 from gnbench.engine import EagerEngine
-from gnbench.experiment import (
-    build_training,
-    check_run,
-    choose_device,
-    load_dataset,
-    must_drop_last,
-)
+from gnbench.experiment import build_training, check_run, load_dataset, must_drop_last
+from gnbench.presence import Presence
+from gnbench.signals import Interrupted
 from gnbench.training import Row, Training
 
 log = logging.getLogger(__name__)
 
-
-class Interrupted(KeyboardInterrupt):
-    """A signal ended the run, which can be resumed. ``exit_code`` is 128 + the signal."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.exit_code = 128 + number
+CHECKPOINT_FORMAT = 1
+CHECKPOINT_SHARE = 0.02  # of the time may go into checkpoints
 
 
 def run(config: DictConfig, directory: str | Path | None = None) -> dict[str, Any]:
     """Carry out the run that ``config`` describes and return its record (``run.json``).
 
     A complete run is returned as it is unless ``rerun``; an interrupted one resumes. ``directory``
-    defaults to ``<outputs>/<study>/<run id>``.
+    defaults to ``<outputs>/<study>/<run id>``. Under torchrun every process calls this; the first
+    one alone reads and writes the directory.
 
     Raises:
         ConfigError: before anything is written.
         DataError: if the dataset is not to be had.
-        LockedError: if another process is at work on the run.
+        LockedError: if another process is at work on the run, unless ``wait``.
+        WriteError: if the directory cannot be written.
         Interrupted: after SIGINT or SIGTERM, with a checkpoint saved.
     """
     check_run(config)
     if directory is None:
         directory = Path(config.outputs) / config.study / run_id(config)
     place = runs.Run(directory)
-    with place.locked():
-        record = _existing_record(place)
-        if record is not None and record["status"] in runs.FINISHED and not config.rerun:
-            error = record["result"]["test_error"]
-            log.info(
-                "%s is %s (test error %.2f %%); rerun=true trains it again",
-                run_id(config),
-                record["status"],
-                error,
-            )
-            return record
-        if config.rerun and record is not None and record["status"] in runs.FINISHED:
-            load_dataset(config)  # what would fail for want of data must not cost the old result
-            place.clear()
-        with _log_to(place), _signals() as stop:
-            record = _carry_out(config, place, stop)
-            if stop.number is not None:  # it came while the finished run was being written
-                raise Interrupted(stop.number)
-            return record
+    with signals.heeded() as stop, devices.claimed(config.device) as device:
+        crew = distributed.crew(device)
+        if not crew.leads:
+            return _follow(config, device, crew, stop)
+        record = None
+        try:
+            with place.locked(config.wait) as presence:
+                record = _finished(config, place)
+                if record is None:
+                    with _log_to(place):
+                        record = _carry_out(config, place, device, crew, presence, stop)
+        finally:
+            crew.dismiss(record)
+        if stop.number is not None:  # it came while the finished run was being written
+            raise Interrupted(stop.number)
+        return record
+
+
+def _finished(config: DictConfig, place: runs.Run) -> dict[str, Any] | None:
+    """Return the record of the run if it need not be trained; clear what ``rerun`` replaces.
+
+    Raises:
+        ConfigError: if the directory holds a run with other settings.
+    """
+    try:
+        record = place.record()
+        found = None if record is None else run_id(record["config"])
+    except (runs.DamagedError, LookupError, TypeError, AttributeError) as error:
+        place.set_aside(place.record_path, str(error))
+        return None
+    if record is None:
+        return None
+    if found != run_id(config):
+        raise ConfigError(
+            f"{place.directory} holds another run ({found}); choose another directory"
+        )
+    if record["status"] not in runs.FINISHED:
+        return None
+    if config.rerun:
+        load_dataset(config)  # what would fail for want of data must not cost the old result
+        place.clear()
+        return None
+    place.remove_checkpoint()  # of a process that was killed before it could
+    log.info(
+        "%s is %s (test error %.2f %%); rerun=true trains it again",
+        run_id(config),
+        record["status"],
+        record["result"]["test_error"],
+    )
+    return record
+
+
+class _RunLog(logging.FileHandler):
+    """The log of a run; a disk that is full must not end the training over it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        pass
 
 
 @contextmanager
 def _log_to(place: runs.Run) -> Iterator[None]:
     """Write what gnbench says to the log of the run, too."""
     logger = logging.getLogger("gnbench")
-    handler = logging.FileHandler(place.log_path, encoding="utf-8")
+    with runs.explained(place.log_path):
+        handler = _RunLog(place.log_path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = logger.level
     logger.addHandler(handler)
@@ -94,13 +125,20 @@ def _log_to(place: runs.Run) -> Iterator[None]:
     finally:
         logger.setLevel(level)
         logger.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
 
 
-def _carry_out(config: DictConfig, place: runs.Run, stop: _Stop) -> dict[str, Any]:
+def _carry_out(
+    config: DictConfig,
+    place: runs.Run,
+    device: torch.device,
+    crew: Crew,
+    presence: Presence,
+    stop: signals.Stop,
+) -> dict[str, Any]:
     """Train under the lock, keeping ``run.json`` true at every moment."""
-    device = choose_device(config.device)
-    _reset_peak_memory(device)
+    devices.reset_peak_memory(device)
     started = time.monotonic()
     record: dict[str, Any] = {
         "status": "running",
@@ -109,116 +147,201 @@ def _carry_out(config: DictConfig, place: runs.Run, stop: _Stop) -> dict[str, An
         "error": None,
         "result": None,
         "versions": runs.versions(),
-        "device": describe_device(device),
+        "device": devices.describe_device(device),
         "engine": EagerEngine.name,
         "started": runs.now(),
         "seconds": 0.0,
         "peak_memory_bytes": None,
     }
     place.write_record(record)
+    seconds_before = 0.0
 
-    def close(status: str, error: str | None = None, seconds_before: float = 0.0) -> dict[str, Any]:
+    def elapsed() -> float:
+        return seconds_before + time.monotonic() - started
+
+    def close(status: str, error: str | None = None) -> dict[str, Any]:
         record.update(
             status=status,
             error=error,
             result=runs.result(place.rows(), diverged=status == "diverged"),
-            seconds=round(seconds_before + time.monotonic() - started, 3),
-            peak_memory_bytes=peak_memory_bytes(device),
+            seconds=round(elapsed(), 3),
+            peak_memory_bytes=devices.peak_memory_bytes(device),
         )
         place.write_record(record)
         return record
 
-    seconds_before = 0.0
     try:
-        training = build_training(config, load_dataset(config))
-        seconds_before = _resume(config, place, training)
+        dataset = load_dataset(config)
+        state = _checkpoint(config, place)
+        crew.begin(state)
+        training = _restored(config, dataset, device, state)
+        if training is None:
+            place.set_aside(place.checkpoint_path, f"{place.checkpoint_path} does not fit the run")
+            state, training = None, build_training(config, dataset, device)
+        rows = list(state["rows"]) if state else []
+        place.restore_rows(rows)
+        if state:
+            seconds_before = state["seconds"]
+            log.info("%s resumes after step %d", run_id(config), training.position.step)
         _announce(config, training)
-        _train(config, place, training, stop, lambda: seconds_before + time.monotonic() - started)
+        _train(config, place, training, rows, presence, stop, elapsed)
         place.save_model(training.engine.model.state_dict())
-    except torch.OutOfMemoryError as error:
-        message = str(error).partition("\n")[0]
-        log.error("%s: out of memory: %s", run_id(config), message)
-        return close("out_of_memory", message, seconds_before)
     except KeyboardInterrupt:
-        close("interrupted", None, seconds_before)
+        with suppress(runs.WriteError):
+            close("interrupted")
         log.warning("%s interrupted; the same command resumes it", run_id(config))
         raise
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-        close("failed", message, seconds_before)
-        log.error("%s failed: %s", run_id(config), message)
-        raise
-    record = close("diverged" if training.diverged else "completed", None, seconds_before)
-    place.remove_checkpoint()  # not before the record: one of the two says how far the run is
-    log.info(
-        "%s %s in %s: test error %.2f %% (median of the last epochs; last epoch %.2f %%)",
-        run_id(config),
-        record["status"],
-        _duration(record["seconds"]),
-        record["result"]["test_error"],
-        record["result"]["test_error_final"],
-    )
+        out_of_memory = devices.is_out_of_memory(error)
+        message = str(error).partition("\n")[0] or type(error).__name__
+        if not out_of_memory:
+            message = f"{type(error).__name__}: {error}"
+        # If this cannot be written either, the run stays "running" without a sign of life.
+        with suppress(runs.WriteError):
+            close("out_of_memory" if out_of_memory else "failed", message)
+        if not out_of_memory or crew.size > 1:  # a crew does not survive the loss of one
+            log.error("%s failed: %s", run_id(config), message)
+            raise
+        log.error("%s: out of memory: %s", run_id(config), message)
+    else:
+        close("diverged" if training.diverged else "completed")
+        place.remove_checkpoint()  # not before the record: one of the two says how far the run is
+        log.info(
+            "%s %s in %s: test error %.2f %% (median of the last epochs; last epoch %.2f %%)",
+            run_id(config),
+            record["status"],
+            _duration(record["seconds"]),
+            record["result"]["test_error"],
+            record["result"]["test_error_final"],
+        )
+        return record
+    training = state = None  # the next run of a sweep needs the memory
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return record
+
+
+def _follow(
+    config: DictConfig, device: torch.device, crew: Crew, stop: signals.Stop
+) -> dict[str, Any]:
+    """Train beside rank 0, which writes; return the record if it had one before."""
+    train, given = crew.orders()
+    if not train:
+        return given or {"status": "failed", "result": None}
+    dataset = load_dataset(config)
+    training = _restored(config, dataset, device, given)
+    training = training or build_training(config, dataset, device)
+    for _ in _stoppable(training, stop, wants_checkpoint=lambda: False, save=lambda _: None):
+        pass
+    return {"status": "completed", "result": None}
+
+
+def _restored(
+    config: DictConfig,
+    dataset: Dataset,
+    device: torch.device,
+    state: Mapping[str, Any] | None,
+) -> Training | None:
+    """Build the training and continue from ``state``; return None if that does not fit."""
+    training = build_training(config, dataset, device)
+    if state is not None:
+        try:
+            training.load_state_dict(dict(state))
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            log.debug("%s", error)
+            return None
+    return training
+
+
+def _stoppable(
+    training: Training,
+    stop: signals.Stop,
+    wants_checkpoint: Callable[[], bool],
+    save: Callable[[Mapping[str, Any]], None],
+) -> Iterator[Row | None]:
+    """Run the training step by step; save when it is time, and before a signal ends it."""
+    stop.gentle = True
+    for row in training.run():
+        yield row
+        number, due = training.engine.crew.agree(stop.number, wants_checkpoint())
+        if due or number is not None:
+            save(training.state_dict())
+        if number is not None:
+            raise Interrupted(number)
 
 
 def _train(
     config: DictConfig,
     place: runs.Run,
     training: Training,
-    stop: _Stop,
+    rows: list[dict[str, Any]],
+    presence: Presence,
+    stop: signals.Stop,
     elapsed: Callable[[], float],
 ) -> None:
     """Drive the training: rows to the metrics, progress shown, checkpoints to the disk."""
+    saved, cost = time.monotonic(), 0.0
+    presence.total_steps = training.total_steps
 
-    def save() -> None:
+    def wants_checkpoint() -> bool:
+        pause = max(config.checkpoint_seconds, cost / CHECKPOINT_SHARE)
+        return bool(time.monotonic() - saved > pause)
+
+    def save(state: Mapping[str, Any]) -> None:
+        nonlocal saved, cost
+        began = time.monotonic()
         place.save_checkpoint(
-            {"run_id": run_id(config), "seconds": elapsed(), **training.state_dict()}
+            {
+                "format": CHECKPOINT_FORMAT,
+                "identity": digest(config),
+                "versions": runs.versions(),
+                "seconds": elapsed(),
+                "rows": rows,
+                **state,
+            }
         )
+        saved = time.monotonic()
+        cost = saved - began if config.checkpoint_seconds else 0.0
 
-    saved = time.monotonic()
-    stop.gentle = True
     with _progress(config, training) as show:
-        for row in training.run():
+        for row in _stoppable(training, stop, wants_checkpoint, save):
             if row is not None:
-                place.append(asdict(row))
+                rows.append(asdict(row))
+                place.append(rows[-1])
+            presence.step = training.position.step
             show(row)
-            if stop.number is not None or time.monotonic() - saved > config.checkpoint_seconds:
-                save()
-                saved = time.monotonic()
-            if stop.number is not None:
-                raise Interrupted(stop.number)
 
 
-def _existing_record(place: runs.Run) -> dict[str, Any] | None:
-    try:
-        return place.record()
-    except runs.DamagedError as error:
-        aside = place.record_path.with_suffix(".json.damaged")
-        place.record_path.replace(aside)
-        log.warning("%s; set aside as %s", error, aside.name)
-        return None
-
-
-def _resume(config: DictConfig, place: runs.Run, training: Training) -> float:
-    """Continue from the checkpoint if there is a whole one; return the seconds spent before it."""
+def _checkpoint(config: DictConfig, place: runs.Run) -> dict[str, Any] | None:
+    """Return the checkpoint to continue from, if there is one that can be used."""
+    path = place.checkpoint_path
     try:
         state = place.load_checkpoint()
-        if state is not None and state.get("run_id") != run_id(config):
-            raise runs.DamagedError(f"{place.checkpoint_path} belongs to another run")
-        if state is not None and len(place.rows()) < state["position"]["epoch"]:
-            raise runs.DamagedError(f"{place.metrics_path} has fewer epochs than the checkpoint")
+        if state is None:
+            return None
+        now, then = runs.versions(), state.get("versions")
+        if state.get("format") != CHECKPOINT_FORMAT or not isinstance(then, dict):
+            raise runs.DamagedError(f"{path} is not a checkpoint of this form")
+        if state.get("identity") != digest(config):
+            raise runs.DamagedError(f"{path} belongs to another run")
+        for name in ("gnbench", "torch"):
+            # Of gnbench the release counts: a commit seldom touches the training.
+            if str(then.get(name)).partition("+")[0] != now[name].partition("+")[0]:
+                raise runs.DamagedError(
+                    f"{path} was written with {name} {then.get(name)}, this is {now[name]}"
+                )
+        if then["gnbench"] != now["gnbench"]:
+            log.warning(
+                "%s was written by gnbench %s, this is %s; it is used all the same",
+                path,
+                then["gnbench"],
+                now["gnbench"],
+            )
+        return state
     except runs.DamagedError as error:
-        aside = place.checkpoint_path.with_suffix(".pt.damaged")
-        place.checkpoint_path.replace(aside)
-        log.warning("%s; set aside as %s", error, aside.name)
-        state = None
-    if state is None:
-        place.keep_epochs(0)
-        return 0.0
-    training.load_state_dict(state)
-    place.keep_epochs(training.position.epoch)
-    log.info("%s resumes after step %d", run_id(config), training.position.step)
-    return float(state["seconds"])
+        place.set_aside(path, str(error))
+        return None
 
 
 def _announce(config: DictConfig, training: Training) -> None:
@@ -231,7 +354,7 @@ def _announce(config: DictConfig, training: Training) -> None:
         config.batch_size,
         f"{training.total_steps / training.steps_per_epoch:.4g}",
         training.engine.name,
-        describe_device(training.engine.device),
+        devices.describe_device(training.engine.device),
     )
     remainder = len(training.train) % config.batch_size
     if must_drop_last(config):
@@ -265,7 +388,8 @@ def _progress(config: DictConfig, training: Training) -> Iterator[Callable[[Row 
         def show(row: Row | None) -> None:
             step = training.position.step if row is None else row.step
             if bar.update(step - bar.n) and row is None:  # the bar was redrawn just now
-                _, wrong = training.engine.totals()
+                # Of this process's share: to ask the others would stop them.
+                wrong = training.engine.wrong.item() * training.engine.crew.size
                 bar.set_postfix_str(
                     f"train error {100 * wrong / training.position.seen:.1f} %", refresh=False
                 )
@@ -294,80 +418,6 @@ def _lines_above_the_bar() -> AbstractContextManager[None]:
     from tqdm.contrib.logging import logging_redirect_tqdm  # warns in a notebook without widgets
 
     return logging_redirect_tqdm()
-
-
-@dataclass
-class _Stop:
-    """A signal that arrived, and whether to wait for the end of the step."""
-
-    number: int | None = None
-    gentle: bool = False
-
-
-@contextmanager
-def _signals() -> Iterator[_Stop]:
-    """Turn SIGINT and SIGTERM into `Interrupted`: at once, or while ``gentle`` only noted.
-
-    So a step is never cut in two; a second signal cuts it all the same.
-    """
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may set handlers
-        return
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        if not stop.gentle or stop.number is not None:
-            raise Interrupted(number)
-        stop.number = number
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
-def describe_device(device: torch.device) -> str:
-    """Name the device that did the work, for the record."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({_processor()}, {torch.get_num_threads()} threads)"
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """Return the most memory in use since the run began: allocated on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
-
-
-def _reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        # Nothing before needed the device, and the statistics do not start it.
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts again
-        except OSError:
-            log.debug("peak memory is that of the whole process on this system")
 
 
 def _duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -18,9 +19,11 @@ from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from gnbench import distributed
 from gnbench.batches import ResidentData
 from gnbench.config import ConfigError, check, conf_dir, one_line
 from gnbench.datasets import Dataset, balanced_subset
+from gnbench.devices import choose_device
 from gnbench.engine import EagerEngine
 from gnbench.training import Training, steps_per_epoch
 
@@ -120,15 +123,19 @@ def load_dataset(config: DictConfig) -> Dataset:
     return dataset
 
 
-def build_training(config: DictConfig, dataset: Dataset) -> Training:
+def build_training(
+    config: DictConfig, dataset: Dataset, device: torch.device | None = None
+) -> Training:
     """Seed, build and place everything that ``config`` names, ready for `Training.run`.
 
-    Seeds torch's global generator; on a GPU also makes torch deterministic for this process.
+    ``device`` is that of ``config`` unless given. Seeds torch's global generator; on a GPU also
+    makes torch deterministic for this process. Under torchrun, meets the other processes.
 
     Raises:
         ConfigError: as `check_run`.
     """
-    device = choose_device(config.device)
+    device = device or choose_device(config.device)
+    crew = distributed.crew(device)
     if device.type == "cuda":
         # The same seed gives the same bits: no TF32, deterministic kernels. Where torch has none it
         # warns; no layer of conf/ is known to need one.
@@ -138,6 +145,8 @@ def build_training(config: DictConfig, dataset: Dataset) -> Training:
         torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(config.seed)
     model = build_model(config).to(device)  # drawn on the CPU: the same on every device
+    if crew.rank > 0:  # dropout must not drop the same units in every process
+        torch.manual_seed(_own_seed(config.seed, crew.rank))
     settings = config.dataset
     train, test = (
         ResidentData(images, labels, settings.mean, settings.std, device)
@@ -155,12 +164,13 @@ def build_training(config: DictConfig, dataset: Dataset) -> Training:
         build_schedule(config, total_steps, schedule_epoch),
         config.precision,
         device,
+        crew,
     )
     return Training(
         engine,
         train,
         test,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size * config.processes,
         drop_last=drop_last,
         total_steps=total_steps,
         seed=config.seed,
@@ -177,13 +187,13 @@ def training_length(config: DictConfig, drop_last: bool) -> tuple[int, int]:
     if config.batch.fixed == "steps":
         epoch_steps = steps_per_epoch(images, config.batch.reference_size)
     else:
-        epoch_steps = steps_per_epoch(images, config.batch_size, drop_last)
+        epoch_steps = steps_per_epoch(images, config.batch_size * config.processes, drop_last)
     return config.epochs * epoch_steps, epoch_steps
 
 
 def base_lr(config: DictConfig) -> float:
-    """Apply the rule of ``conf/batch`` to ``optimizer.lr``."""
-    ratio = config.batch_size / config.batch.reference_size
+    """Apply the rule of ``conf/batch`` to ``optimizer.lr``, for the batch of all processes."""
+    ratio = config.batch_size * config.processes / config.batch.reference_size
     rules = {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}
     return float(config.optimizer.lr * rules[config.batch.lr_rule])
 
@@ -215,6 +225,11 @@ def check_run(config: DictConfig) -> None:
     check(config)
     for key in ("model", "norm", "dataset", "optimizer", "schedule"):
         _check_types(key, config[key])
+    if config.processes != distributed.world_size():
+        raise ConfigError(
+            f"processes={config.processes}: this is one of {distributed.world_size()}; start "
+            f"torchrun --nproc-per-node={config.processes} -m gnbench and leave processes alone"
+        )
     choose_device(config.device)
     error = _objection(config, config.batch_size)
     if error is not None:
@@ -227,32 +242,19 @@ def check_run(config: DictConfig) -> None:
 def must_drop_last(config: DictConfig) -> bool:
     """Tell whether the network cannot be trained on the last, partial batch.
 
-    So it is where a batch norm would see one value per channel (its variance would be 0).
+    So it is where a batch norm would see one value per channel (its variance would be 0), and
+    where a process would see no image.
     """
     images = config.dataset.train_size or config.dataset.train_images
-    remainder = images % config.batch_size
+    remainder = images % (config.batch_size * config.processes)
     if remainder == 0:
         return False
-    return _objection(config, remainder) is not None
+    least = remainder // config.processes
+    return least == 0 or _objection(config, least) is not None
 
 
-def choose_device(name: str) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device.
-
-    Raises:
-        ConfigError: if this machine has no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        found = torch.cuda.device_count()
-        if (device.index or 0) >= found:
-            raise ConfigError(
-                f"device={name}: this machine has {found} CUDA devices; use device=cpu or auto"
-            )
-        device = torch.device("cuda", device.index or 0)
-    return device
+def _own_seed(seed: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0])
 
 
 def _objection(config: DictConfig, batch_size: int) -> Exception | None:

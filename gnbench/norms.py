@@ -6,7 +6,10 @@ Those that torch already has with channels first (``BatchNorm2d``, ``InstanceNor
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -92,6 +95,67 @@ class LocalResponseNorm(nn.Module):
         for shift in range(1, self.size):
             energy = energy + squares[:, shift : shift + channels]
         return x / (self.k + self.alpha / self.size * energy) ** self.beta
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of what every process passes. The loss is the sum of theirs: so is the gradient."""
+
+    @staticmethod
+    def forward(ctx: object, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return cast(Tensor, _SumOverProcesses.apply(gradient))
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch normalization over the joint batch of all processes of a run (Peng et al. 2018, 3.3).
+
+    The processes exchange count, mean and variance of their shares. Alone, and in eval mode, it is
+    BatchNorm. Not torch's, which refuses the CPU.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize each channel of ``input`` (N,C,H,W)."""
+        together = dist.is_available() and dist.is_initialized() and not input.is_meta
+        if not together or not self.training:
+            return super().forward(input)
+        values = input.to(torch.promote_types(input.dtype, torch.float32))
+        count = values.new_tensor([values.numel() / values.shape[1]])
+        mean = values.mean(dim=(0, 2, 3))
+        variance = values.var(dim=(0, 2, 3), correction=0)
+        # Every process fills its row of a table; the sum of the tables has all rows.
+        table = values.new_zeros(dist.get_world_size(), 1 + 2 * input.shape[1])
+        table[dist.get_rank()] = torch.cat([count, mean, variance])
+        counts, means, variances = _SumOverProcesses.apply(table).split(
+            [1, *2 * [input.shape[1]]], dim=1
+        )
+        total = counts.sum()
+        mean = (counts * means).sum(dim=0) / total
+        variance = (counts * (variances + (means - mean).square())).sum(dim=0) / total
+        if self.running_mean is not None and self.running_var is not None:
+            self._track(mean.detach(), (variance * total / (total - 1)).detach())
+        scale = torch.rsqrt(variance + self.eps)
+        normalized = (values - mean[:, None, None]) * scale[:, None, None]
+        if self.affine:
+            normalized = normalized * self.weight[:, None, None] + self.bias[:, None, None]
+        output: Tensor = normalized.to(input.dtype)
+        return output
+
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        """Move the running statistics towards those of a batch, as BatchNorm does."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        momentum = self.momentum
+        if momentum is None:  # a cumulative average
+            momentum = 1 / int(self.num_batches_tracked)
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(variance, momentum)
 
 
 def _groups(channels: int, num_groups: int | None, channels_per_group: int | None) -> int:

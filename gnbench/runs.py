@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import csv
+import errno
 import functools
 import importlib.metadata
+import io
 import json
+import logging
 import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from gnbench.presence import SIGN, LockedError, Presence, hold
+
+log = logging.getLogger(__name__)
 
 METRICS = (
     "epoch",
@@ -34,18 +41,19 @@ STATUSES = (*FINISHED, "running", "out_of_memory", "interrupted", "failed")
 REPORTED_EPOCHS = 5  # the reported error is the median of the last five (Wu & He 2018, 4.1)
 
 
-class LockedError(OSError):
-    """Another process is at work on this run."""
-
-
 class DamagedError(ValueError):
-    """A file of a run that cannot be read."""
+    """A file of a run that cannot be read, or is not what it should be."""
+
+
+class WriteError(OSError):
+    """A file that cannot be written; the message says which, why, and what to do."""
 
 
 class Run:
     """The directory of one run. Every file but the log is replaced whole or appended by the line.
 
-    Only the process in `locked` may write.
+    Only the process in `locked` may write. What cannot be written raises `WriteError` and leaves
+    the file as it was, but for a row of ``metrics.csv`` cut short.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -57,22 +65,21 @@ class Run:
         self.checkpoint_path = self.directory / "checkpoint.pt"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the directory's lock, making the directory if need be.
+    def locked(self, wait: bool = False) -> Iterator[Presence]:
+        """Hold the directory's lock and give signs of life, making the directory if need be.
 
         Raises:
-            LockedError: at once, if another process holds it.
+            LockedError: at once, if another process holds it and ``wait`` is false.
+            WriteError: if the directory cannot be made or written.
         """
-        from filelock import FileLock, Timeout
-
-        self.directory.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self.directory / ".lock", timeout=0):
-                yield
-        except Timeout:
-            raise LockedError(
-                f"{self.directory} is being trained by another process; wait for it to end"
-            ) from None
+        with ExitStack() as stack:
+            make_folder(self.directory)
+            with explained(self.directory):
+                presence = stack.enter_context(hold(self.directory, wait))
+                for partial in self.directory.glob(".*.partial"):  # of a process that was killed
+                    if partial.name != f"{SIGN}.partial":
+                        partial.unlink()
+            yield presence
 
     def record(self) -> dict[str, Any] | None:
         """Return the contents of ``run.json``, or None if there is none.
@@ -88,34 +95,48 @@ class Run:
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Replace ``run.json`` atomically."""
         text = json.dumps(record, indent=2, allow_nan=True) + "\n"
-        _replace(self.record_path, text.encode())
+        replace(self.record_path, text.encode())
 
     def rows(self) -> list[dict[str, float]]:
         """Return the whole rows of ``metrics.csv``; a row cut short by a crash does not count."""
         return list(read_metrics(self.metrics_path))
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Append a row to ``metrics.csv``."""
+        """Append a row to ``metrics.csv`` and flush it to the disk."""
         new = not self.metrics_path.exists() or self.metrics_path.stat().st_size == 0
-        with self.metrics_path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, METRICS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        with explained(self.metrics_path), self.metrics_path.open("ab") as file:
+            _write(file, _csv([row], header=new).encode())
 
-    def keep_epochs(self, epochs: int) -> None:
-        """Cut ``metrics.csv`` down to the first ``epochs`` epochs, atomically."""
-        if epochs == 0:
-            self.metrics_path.unlink(missing_ok=True)
+    def restore_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Make ``metrics.csv`` hold exactly ``rows``, those of a checkpoint.
+
+        Rows after them are trained again. A file that holds something else is set aside.
+        """
+        expected = _csv(rows, header=True).encode() if rows else b""
+        found = self.metrics_path.read_bytes() if self.metrics_path.exists() else b""
+        if found == expected:
             return
-        text = self.metrics_path.read_text(encoding="utf-8")
-        lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-        _replace(self.metrics_path, "".join(lines[: epochs + 1]).encode())
+        if expected.startswith(found):
+            log.warning("%s had lost rows; restored from the checkpoint", self.metrics_path)
+        elif not found.startswith(expected):
+            self.set_aside(self.metrics_path, f"{self.metrics_path} differs from its checkpoint")
+        replace(self.metrics_path, expected)
+
+    def set_aside(self, path: Path, reason: str) -> None:
+        """Keep a file that cannot be used under another name, and say so."""
+        number, aside = 1, path.with_name(f"{path.name}.set-aside")
+        while aside.exists():
+            number += 1
+            aside = path.with_name(f"{path.name}.set-aside-{number}")
+        with explained(aside):
+            path.replace(aside)
+        log.warning("%s; set aside as %s", reason, aside.name)
 
     def clear(self) -> None:
         """Remove what an earlier training left, except the log."""
         for path in (self.checkpoint_path, self.model_path, self.metrics_path, self.record_path):
-            path.unlink(missing_ok=True)
+            with explained(path):
+                path.unlink(missing_ok=True)
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replace ``checkpoint.pt`` atomically."""
@@ -129,17 +150,19 @@ class Run:
         """
         import torch
 
+        state: Any
+
         try:
-            state: dict[str, Any] = torch.load(
-                self.checkpoint_path, map_location="cpu", weights_only=True
-            )
-            return state
+            state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             return None
         except Exception as error:  # torch raises many kinds for a damaged file
             raise DamagedError(
                 f"{self.checkpoint_path} is not a whole checkpoint ({type(error).__name__})"
             ) from error
+        if not isinstance(state, dict):
+            raise DamagedError(f"{self.checkpoint_path} is not a checkpoint")
+        return state
 
     def save_model(self, model_state: Mapping[str, Any]) -> None:
         """Replace ``model.pt`` atomically."""
@@ -147,7 +170,8 @@ class Run:
 
     def remove_checkpoint(self) -> None:
         """Remove the checkpoint of a run whose record says that it is complete."""
-        self.checkpoint_path.unlink(missing_ok=True)
+        with explained(self.checkpoint_path):
+            self.checkpoint_path.unlink(missing_ok=True)
 
 
 def result(rows: Sequence[Mapping[str, float]], diverged: bool) -> dict[str, float] | None:
@@ -231,23 +255,77 @@ def _gnbench_version() -> str:
 
 
 def _save(path: Path, state: Mapping[str, Any]) -> None:
-    import io
-
     import torch
 
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    _replace(path, buffer.getbuffer())
+    replace(path, buffer.getbuffer())
 
 
-def _replace(path: Path, data: bytes | memoryview) -> None:
-    """Write beside ``path``, flush to the disk and rename: readers see the old file or the new."""
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, unless it is there.
+
+    Raises:
+        WriteError: if it cannot be made.
+    """
+    with explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def replace(path: Path, data: bytes | memoryview) -> None:
+    """Write beside ``path``, flush to the disk and rename: readers see the old file or the new.
+
+    Raises:
+        WriteError: with the old file as it was.
+    """
     partial = path.with_name(f".{path.name}.partial")
+    with explained(path):
+        try:
+            with partial.open("wb") as file:
+                _write(file, data)
+            partial.replace(path)
+            _flush_folder(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _write(file: IO[bytes], data: bytes | memoryview) -> None:
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have a rename survive a power cut."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what the system says of ``path`` into a `WriteError`."""
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except (LockedError, WriteError):
+        raise
+    except OSError as error:
+        remedy = {
+            errno.ENOSPC: "make room there; the same command resumes",
+            errno.EDQUOT: "make room there; the same command resumes",
+        }.get(error.errno or 0, "choose another folder with outputs=DIR, or mend this one")
+        raise WriteError(
+            f"{path} cannot be written: {error.strerror or error}; {remedy}"
+        ) from error
+
+
+def _csv(rows: Iterable[Mapping[str, Any]], header: bool) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, METRICS, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import copy
 import logging
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from gnbench import cli, runs
-from gnbench.config import ConfigError, run_id
+from gnbench import cli, distributed, grid, runs
+from gnbench.config import ConfigError, one_line, run_id
+from gnbench.grid import Cell
+from gnbench.presence import LockedError
 
 log = logging.getLogger(__name__)
 
-PLAN_PREFIX = "sweep-"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A run that a sweep will carry out."""
-
-    run_id: str
-    directory: str
-    dataset: str
-    model: str
-    norm: str
-    batch_size: int
-    seed: int
-
-
 planned: list[Cell] = []  # the cells of the sweep that this process started
 failed: dict[str, str] = {}  # by run id: what this process saw fail, though no record may say so
+passed_over: list[tuple[DictConfig, str]] = []  # cells that others held, to come back to
 
 
 class CheckBeforeStart(Callback):
@@ -49,8 +36,13 @@ class CheckBeforeStart(Callback):
     """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """Check the only cell."""
-        _or_exit(lambda: _check([config]))
+        """Check the only cell, and make its folder before Hydra does, with a better message."""
+
+        def check() -> None:
+            _check([config])
+            runs.make_folder(Path(config.hydra.run.dir))
+
+        _or_exit(check)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Check every cell, and note in the study what the sweep is to hold."""
@@ -59,44 +51,77 @@ class CheckBeforeStart(Callback):
 
 def note(config: DictConfig, directory: str) -> None:
     """Note a cell as it starts, for the table of a sweep whose cells were not known before."""
-    cell = _cell(config, directory)
+    cell = Cell.of(config, directory)
     if cell.run_id not in {c.run_id for c in planned}:
         planned.append(cell)
 
 
-def read_plans(study: Path) -> list[Cell]:
-    """Return the cells that the sweeps of a study set out to train, each once."""
-    cells: dict[str, Cell] = {}
-    for path in sorted(study.glob(f"{PLAN_PREFIX}*.json")):
-        try:
-            for cell in json.loads(path.read_bytes()):
-                cells[cell["run_id"]] = Cell(**{**cell, "directory": str(study / cell["run_id"])})
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            log.warning("%s is not the plan of a sweep (%s); ignored", path, error)
-    return list(cells.values())
+def attempt(config: DictConfig, directory: str) -> float:
+    """Carry out a cell and return its test error; a failure is noted, and the others go on.
+
+    A cell that another process is training is passed over. With ``wait`` and a launcher that works
+    in this process, `return_to_passed_over` waits for it when nothing else is left to do.
+    """
+    note(config, directory)
+    comes_back = (
+        config.wait
+        and distributed.world_size() == 1
+        and HydraConfig.get().launcher._target_.endswith(".BasicLauncher")
+    )
+    if comes_back:
+        config = copy.deepcopy(config)
+        config.wait = False
+    try:
+        return _carry_out(config, directory)
+    except LockedError as error:
+        log.info("%s; passed over", str(error).partition(";")[0])
+        if comes_back:
+            passed_over.append((config, directory))
+        return math.nan
 
 
-def table(cells: Sequence[Cell]) -> tuple[str, bool]:
-    """Describe every cell by its directory as it is now; tell whether all have a result."""
-    lines = [f"{'status':<14}{'test error':>11}  run directory"]
-    done = True
-    for cell in cells:
-        try:
-            record = runs.Run(cell.directory).record() or {"status": "missing"}
-        except runs.DamagedError as error:
-            record = {"status": "failed", "error": str(error)}
-        if cell.run_id in failed and record["status"] != "failed":
-            record = {"status": "failed", "error": failed[cell.run_id]}
-        done = done and record["status"] in runs.FINISHED
-        result = record.get("result")
-        error_text = f"{result['test_error']:.2f} %" if result else "–"
-        lines.append(f"{record['status']:<14}{error_text:>11}  {cell.directory}")
-        if record.get("error"):
-            lines.append(f"{'':<14}{'':>11}  {str(record['error']).partition(chr(10))[0]}")
-    return "\n".join(lines), done
+def return_to_passed_over() -> None:
+    """Wait for the cells that others held; carry out those that they left unfinished."""
+    for config, directory in passed_over:
+        config.wait = True
+        _carry_out(config, directory)
+
+
+def test_error(record: Mapping[str, Any]) -> float:
+    """Return the test error of a record in percent; NaN if it has none."""
+    return float(record["result"]["test_error"]) if record["result"] else math.nan
+
+
+def _carry_out(config: DictConfig, directory: str) -> float:
+    from gnbench.execution import run  # imports torch: not for --help
+
+    try:
+        return test_error(run(config, Path(directory)))
+    except LockedError:
+        raise
+    except Exception as error:
+        if distributed.world_size() > 1:  # the others cannot go on without this process
+            raise SystemExit(cli.report(error)) from error
+        failed[run_id(config)] = one_line(error)
+        log.error("%s: %s", run_id(config), one_line(error), exc_info=not cli.is_explained(error))
+        return math.nan
+
+
+def account() -> tuple[str, int]:
+    """Put every cell of the command into words; return the exit code that follows."""
+    standings = []
+    for cell in planned:
+        found = grid.standing(cell.directory)
+        if cell.run_id in failed and found.state != "failed" and not found.running:
+            found = replace(found, state="failed", test_error=None, message=failed[cell.run_id])
+        standings.append(found)
+    return grid.table(standings), grid.exit_code(standings)
 
 
 def _plan(config: DictConfig) -> None:
+    from gnbench import launchers
+
+    launchers.prepare(config.hydra.launcher._target_)
     sweeper = config.hydra.sweeper
     if sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
         return  # a sweeper that chooses its cells as it goes: each is checked as it starts
@@ -107,22 +132,12 @@ def _plan(config: DictConfig) -> None:
     [batch] = BasicSweeper.split_arguments(parser.parse_overrides(arguments), max_batch_size=None)
     configs = [loader.load_sweep_config(config, list(overrides)) for overrides in batch]
     _check(configs)
-    cells = [_cell(c, str(Path(c.hydra.sweep.dir) / run_id(c))) for c in configs]
+    cells = [Cell.of(c, str(Path(c.hydra.sweep.dir) / run_id(c))) for c in configs]
     planned[:] = dict.fromkeys(cells)
+    if distributed.rank() > 0:
+        return
     for study in {Path(cell.directory).parent for cell in cells}:
-        _write_plan(study, [cell for cell in planned if Path(cell.directory).parent == study])
-
-
-def _cell(config: DictConfig, directory: str) -> Cell:
-    return Cell(
-        run_id=run_id(config),
-        directory=directory,
-        dataset=config.dataset.name,
-        model=config.model.name,
-        norm=config.norm.name,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
+        grid.write_plan(study, [cell for cell in planned if Path(cell.directory).parent == study])
 
 
 def _check(configs: Sequence[DictConfig]) -> None:
@@ -137,17 +152,6 @@ def _check(configs: Sequence[DictConfig]) -> None:
             faults[str(error)] = None
     if faults:
         raise ConfigError("\n".join(faults))
-
-
-def _write_plan(study: Path, cells: Sequence[Cell]) -> None:
-    """Note the cells under a name that follows from them, so that a repeated sweep adds nothing."""
-    entries = [{k: v for k, v in vars(cell).items() if k != "directory"} for cell in cells]
-    text = json.dumps(entries, indent=1) + "\n"
-    name = f"{PLAN_PREFIX}{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
-    study.mkdir(parents=True, exist_ok=True)
-    partial = study / f".{name}.{os.getpid()}"
-    partial.write_text(text)
-    partial.replace(study / name)
 
 
 def _or_exit(action: Callable[[], None]) -> None:

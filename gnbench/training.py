@@ -52,8 +52,8 @@ class Position:
 class Training:
     """A training that can stop after any step and continue from its `state_dict`.
 
-    ``batch_size`` images a step; of the last, partial batch ``drop_last`` decides. The order of the
-    images follows from ``seed`` and the epoch.
+    ``batch_size`` images a step, shared by the processes of the engine's crew; of the last, partial
+    batch ``drop_last`` decides. The order of the images follows from ``seed`` and the epoch.
     """
 
     def __init__(
@@ -129,30 +129,36 @@ class Training:
         return row
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resume needs, as tensors and plain values."""
-        loss_sum, wrong = self.engine.totals()
+        """Return all that a resume needs, as tensors and plain values.
+
+        What each process keeps to itself is gathered, so all of a crew must call this together.
+        """
         cuda = self.engine.device.type == "cuda"
+        own = {
+            "loss_sum": self.engine.loss_sum.item(),
+            "wrong": int(self.engine.wrong.item()),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.engine.device) if cuda else None,
+        }
         return {
             "position": asdict(self.position),
             "diverged": self.diverged,
-            "loss_sum": loss_sum,
-            "wrong": wrong,
             "model": self.engine.model.state_dict(),
             "optimizer": self.engine.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.engine.device) if cuda else None,
+            "processes": self.engine.crew.gather(own),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict` of a training with the same settings."""
         self.position = Position(**state["position"])
         self.diverged = state["diverged"]
-        self.engine.set_totals(state["loss_sum"], state["wrong"])
         self.engine.model.load_state_dict(state["model"])
         self.engine.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.engine.device)
+        own = state["processes"][self.engine.crew.rank]
+        self.engine.set_totals(own["loss_sum"], own["wrong"])
+        torch.set_rng_state(own["rng"])
+        if own["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(own["cuda_rng"], self.engine.device)
 
 
 def steps_per_epoch(images: int, batch_size: int, drop_last: bool = False) -> int:

@@ -26,7 +26,7 @@ def test_every_yaml_composes_into_a_run_that_can_be_trained(file):
 
 
 def test_no_yaml_is_forgotten():
-    others = {"config.yaml", "aggregate.yaml"}
+    others = {"config.yaml", "aggregate.yaml", "status.yaml"}
     assert all(f.parts[0] in (*GROUPS, "hydra") or str(f) in others for f in FILES)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for name in sorted(others):

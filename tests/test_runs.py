@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -7,9 +8,11 @@ import pytest
 import torch
 
 from gnbench import datasets, execution, experiment, runs
-from gnbench.config import run_id
-from gnbench.execution import Interrupted, run
+from gnbench.config import ConfigError, run_id
+from gnbench.execution import run
+from gnbench.presence import LockedError
 from gnbench.runs import Run
+from gnbench.signals import Interrupted
 from tests.conftest import measured
 
 
@@ -169,18 +172,33 @@ def test_a_run_killed_between_its_divergence_and_its_record_stays_diverged(tiny_
     assert list(again.run()) == []
 
 
-def test_a_checkpoint_whose_rows_are_lost_is_not_used(tiny_config, monkeypatch, caplog):
+def test_rows_that_are_lost_come_back_from_the_checkpoint(tiny_config, monkeypatch, caplog):
     """As after a power cut: the checkpoint reached the disk, the rows before it did not."""
     config = tiny_config("epochs=4", "checkpoint_seconds=0")
     with monkeypatch.context() as patch:
         patch.setattr(Run, "save_model", lambda self, state: (_ for _ in ()).throw(SystemExit))
         with pytest.raises(SystemExit):
             run(config)
-    lines = place(config).metrics_path.read_text().splitlines(keepends=True)
+    text = place(config).metrics_path.read_text()
+    lines = text.splitlines(keepends=True)
     place(config).metrics_path.write_text("".join(lines[:2]) + lines[2][:10])
+    monkeypatch.setattr(execution.EagerEngine, "train_step", None)  # nothing is trained again
     assert run(config)["result"]["epochs"] == 4
-    assert "has fewer epochs than the checkpoint" in caplog.text
-    assert len(measured(place(config).metrics_path)) == 5
+    assert "metrics.csv had lost rows; restored from the checkpoint" in caplog.text
+    assert place(config).metrics_path.read_text() == text
+
+
+def test_metrics_that_contradict_the_checkpoint_are_set_aside(tiny_config, monkeypatch, caplog):
+    config = tiny_config("epochs=2", "checkpoint_seconds=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_model", lambda self, state: (_ for _ in ()).throw(SystemExit))
+        with pytest.raises(SystemExit):
+            run(config)
+    text = place(config).metrics_path.read_text()
+    place(config).metrics_path.write_text(text.replace("1,6,", "1,7,"))
+    run(config)
+    assert "differs from its checkpoint; set aside as metrics.csv.set-aside" in caplog.text
+    assert place(config).metrics_path.read_text() == text
 
 
 def test_a_row_after_the_last_checkpoint_is_trained_again_not_repeated(tiny_config, monkeypatch):
@@ -209,20 +227,139 @@ def test_a_row_after_the_last_checkpoint_is_trained_again_not_repeated(tiny_conf
     assert measured(place(config).metrics_path) == whole
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "foreign"])
-def test_a_damaged_checkpoint_is_said_set_aside_and_not_used(tiny_config, damage, caplog):
-    config = tiny_config("epochs=2")
-    directory = place(config)
-    directory.directory.mkdir(parents=True)
-    if damage == "foreign":
-        torch.save({"run_id": "another-run"}, directory.checkpoint_path)
+def checkpoint_of(config, monkeypatch):
+    """Leave the checkpoint of a run that was interrupted after its seventh step."""
+    take = execution.EagerEngine.train_step
+
+    def interrupted(engine, data, plan, start, stop, step):
+        take(engine, data, plan, start, stop, step)
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execution.EagerEngine, "train_step", interrupted)
+        with pytest.raises(Interrupted):
+            run(config)
+    return place(config).checkpoint_path
+
+
+DAMAGE = {
+    "truncated": "is not a whole checkpoint",
+    "garbage": "is not a whole checkpoint",
+    "empty": "is not a whole checkpoint",
+    "a list": "is not a checkpoint",
+    "pickled code": "is not a whole checkpoint",
+    "identity": "belongs to another run",
+    "format": "is not a checkpoint of this form",
+    "gnbench": "was written with gnbench 9.9.9+gabc, this is",
+    "torch": "was written with torch 1.0, this is",
+    "model": "does not fit the run",
+    "optimizer": "does not fit the run",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_checkpoint_that_cannot_be_used_is_said_set_aside_and_not_used(
+    tiny_config, damage, caplog, monkeypatch, tmp_path
+):
+    config = tiny_config("norm=bn")
+    whole = run(tiny_config("norm=bn", "study=whole"))
+    path = checkpoint_of(config, monkeypatch)
+    data = path.read_bytes()
+    state = torch.load(path, weights_only=True)
+    if damage == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage in ("garbage", "empty"):
+        path.write_bytes(damage.encode() if damage == "garbage" else b"")
+    elif damage == "a list":
+        torch.save([state], path)
+    elif damage == "pickled code":
+        torch.save({**state, "rows": [Trap(tmp_path / "sprung")]}, path)
+    elif damage in ("gnbench", "torch"):
+        version = {"gnbench": "9.9.9+gabc", "torch": "1.0"}[damage]
+        torch.save({**state, "versions": {**state["versions"], damage: version}}, path)
+    elif damage in ("model", "optimizer"):
+        state[damage].popitem()
+        torch.save(state, path)
     else:
-        torch.save({"run_id": run_id(config)}, directory.checkpoint_path)
-        data = directory.checkpoint_path.read_bytes()
-        directory.checkpoint_path.write_bytes(data[:100] if damage == "truncated" else b"garbage")
-    assert run(config)["status"] == "completed"
-    assert "set aside as checkpoint.pt.damaged" in caplog.text
-    assert (directory.directory / "checkpoint.pt.damaged").exists()
+        torch.save({**state, damage: "another"}, path)
+    caplog.clear()
+    record = run(config)
+    assert record["result"] == whole["result"]
+    assert DAMAGE[damage] in caplog.text
+    assert "set aside as checkpoint.pt.set-aside" in caplog.text
+    assert "resumes after step" not in caplog.text
+    assert (path.parent / "checkpoint.pt.set-aside").exists()
+    assert not (tmp_path / "sprung").exists()
+    assert measured(place(config).metrics_path) == measured(
+        place(tiny_config("norm=bn", "study=whole")).metrics_path
+    )
+
+
+class Trap:
+    """What a pickle can do to its reader."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_checkpoint_of_another_commit_is_used_and_that_is_said(tiny_config, monkeypatch, caplog):
+    config = tiny_config()
+    path = checkpoint_of(config, monkeypatch)
+    state = torch.load(path, weights_only=True)
+    release = runs.versions()["gnbench"].partition("+")[0]
+    torch.save({**state, "versions": {**state["versions"], "gnbench": f"{release}+gabc"}}, path)
+    caplog.set_level("INFO")
+    run(config)
+    assert f"was written by gnbench {release}+gabc, this is" in caplog.text
+    assert "resumes after step 7" in caplog.text
+
+
+def test_files_set_aside_are_all_kept(tiny_config):
+    config = tiny_config("epochs=1")
+    for text in ("first", "second"):
+        place(config).directory.mkdir(parents=True, exist_ok=True)
+        place(config).record_path.write_text(text)
+        run(config)
+    folder = place(config).directory
+    assert (folder / "run.json.set-aside").read_text() == "first"
+    assert (folder / "run.json.set-aside-2").read_text() == "second"
+
+
+def test_a_directory_of_another_run_is_refused(tiny_config, tmp_path):
+    run(tiny_config("epochs=1"), tmp_path / "mine")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "mine").iterdir()}
+    with pytest.raises(ConfigError, match=r"mine holds another run \(tiny-.*; choose another"):
+        run(tiny_config("epochs=1", "seed=1"), tmp_path / "mine")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "mine").iterdir()} == before
+
+
+def test_checkpoints_take_a_fiftieth_of_the_time_at_most(tiny_config, monkeypatch):
+    """On a clock that tells 2 s for every checkpoint and 1 s for every step."""
+    clock = [0.0]
+    save, take = Run.save_checkpoint, execution.EagerEngine.train_step
+    saved = []
+
+    def slow_save(self, state):
+        clock[0] += 2
+        saved.append(clock[0])
+        save(self, state)
+
+    def slow_step(*arguments):
+        clock[0] += 1
+        take(*arguments)
+
+    monkeypatch.setattr(Run, "save_checkpoint", slow_save)
+    monkeypatch.setattr(execution.EagerEngine, "train_step", slow_step)
+    monkeypatch.setattr(execution.time, "monotonic", lambda: clock[0])
+    run(tiny_config("epochs=70", "checkpoint_seconds=5"))  # 420 steps
+    pauses = [after - before - 2 for before, after in itertools.pairwise(saved)]
+    assert saved[0] == 6 + 2  # the first, when its cost is not known
+    assert pauses
+    assert all(2 / (2 + pause) < 0.02 for pause in pauses)
 
 
 def test_a_garbage_record_is_set_aside(tiny_config, caplog):
@@ -231,7 +368,7 @@ def test_a_garbage_record_is_set_aside(tiny_config, caplog):
     directory.directory.mkdir(parents=True)
     directory.record_path.write_text('{"status": "compl')
     assert run(config)["status"] == "completed"
-    assert "set aside as run.json.damaged" in caplog.text
+    assert "set aside as run.json.set-aside" in caplog.text
 
 
 def test_a_failure_is_recorded_and_raised(tiny_config, monkeypatch):
@@ -309,13 +446,13 @@ def test_two_processes_do_not_train_the_same_run(tiny_config):
         def second():
             try:
                 run(config)
-            except runs.LockedError as error:
+            except LockedError as error:
                 outcome.append(str(error))
 
         thread = threading.Thread(target=second)
         thread.start()
         thread.join()
-    assert "is being trained by another process" in outcome[0]
+    assert f"is being trained by process {os.getpid()} on " in outcome[0]
     assert run(config)["status"] == "completed"
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from gnbench.datasets import Dataset
+from gnbench.models import SimpleNetV2
 
 OVERRIDES = (
     "dataset=fashion_mini",
@@ -26,3 +27,10 @@ def dataset(root=None):
         return torch.randint(0, 256, (count, 8, 8, 1), dtype=torch.uint8, generator=generator)
 
     return Dataset(images(48), torch.arange(48) % 4, images(20), torch.arange(20) % 4)
+
+
+class Greedy(SimpleNetV2):
+    """A network that wants 16 GiB."""
+
+    def forward(self, x):
+        return super().forward(x) + torch.ones(2**32, device=x.device).mean()

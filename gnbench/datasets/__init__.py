@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -158,6 +159,7 @@ def _load(
                 aside = path.with_name(f"{path.name}.damaged")
                 path.replace(aside)
                 log.warning("%s: %s is damaged: %s; set aside as %s", name, path, error, aside.name)
+            _sweep_up(folder, name)
             arrays = _fetch(name, folder, checksums, tried_in_order)
             try:
                 cache.write(path, arrays)
@@ -175,6 +177,15 @@ def _load(
             f"{name} is not to be had here. Tried: {error}. By hand: {hint}"
         )
         raise DataError(_unavailable[path]) from error
+
+
+def _sweep_up(folder: Path, name: str) -> None:
+    """Remove what a process that was killed while fetching or writing left behind."""
+    for path in [*folder.glob(f".{name}-*/"), *folder.glob(f".{name}.npz.*")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _fetch(

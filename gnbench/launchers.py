@@ -1,0 +1,233 @@
+"""Hydra's launchers: are they there, what if a worker is killed, what if the command is stopped."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig
+
+from gnbench import runs, sweep
+from gnbench.config import ConfigError, run_id
+
+log = logging.getLogger(__name__)
+
+Launch = Callable[[Any, Sequence[Sequence[str]], int], Sequence[JobReturn]]
+
+EXTRAS = {
+    "hydra_plugins.hydra_joblib_launcher": "joblib",
+    "hydra_plugins.hydra_submitit_launcher": "slurm",
+    "hydra_plugins.hydra_ray_launcher": "ray",
+}
+ATTEMPTS = 3  # how often a cell may lose its worker; the last time it runs alone
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+SECONDS_TO_SAVE = 60.0  # after a signal; a second signal does not wait
+
+_stopped_by: int | None = None
+_in_command = False  # False in the workers, which import this module anew
+
+
+def prepare(target: str) -> None:
+    """Have a launcher survive what its workers meet.
+
+    Raises:
+        ConfigError: if its plugin is not installed.
+    """
+    module, _, name = target.rpartition(".")
+    extra = next((e for package, e in EXTRAS.items() if module.startswith(package)), None)
+    if extra is None:
+        return
+    try:
+        launcher = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ConfigError(
+            f"hydra/launcher: the plugin for {extra} is not installed ({error}): "
+            f"pip install 'gnbench[{extra}]'"
+        ) from error
+    if name == "SlurmLauncher" and not shutil.which("srun"):
+        raise ConfigError("hydra/launcher: no cluster here (Slurm's srun is not on PATH)")
+    wrap = {"joblib": _surviving, "ray": _interruptible, "slurm": _complete}[extra]
+    if not hasattr(launcher.launch, "__wrapped__"):
+        launcher.launch = wrap(launcher.launch)
+
+
+def enter() -> None:
+    """In a worker, leave Ctrl-C, which reaches it too, busy or idle, to the command to pass on."""
+    if not _in_command and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def heeding_signals() -> Iterator[None]:
+    """On SIGINT and SIGTERM have the workers save and end before the command does."""
+    global _in_command
+    _in_command = True
+    before = {number: signal.signal(number, _stop) for number in STOPPING}
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if _stopped_by is not None:
+            stop.exit_code = 128 + _stopped_by  # type: ignore[attr-defined]
+        raise
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    global _stopped_by
+    _stopped_by = number
+    for again in STOPPING:
+        signal.signal(again, signal.default_int_handler)
+    at_work = _at_work()
+    for pid, _ in at_work:
+        os.kill(pid, signal.SIGTERM)
+    until = time.monotonic() + SECONDS_TO_SAVE
+    while at_work & _at_work() and time.monotonic() < until:
+        time.sleep(0.05)
+    raise KeyboardInterrupt
+
+
+def _at_work() -> set[tuple[int, str]]:
+    """Return the processes below this one that hold the lock of a cell, as far as /proc tells."""
+    locks = {str(Path(cell.directory).resolve() / ".lock") for cell in sweep.planned}
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    below = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in below} - below:
+        below |= more
+    found = set()
+    for pid in below - {os.getpid()}:
+        for link in Path("/proc").glob(f"{pid}/fd/*"):
+            with suppress(OSError):
+                if (file := str(link.readlink())) in locks:
+                    found.add((pid, file))
+    return found
+
+
+def _surviving(launch: Launch) -> Launch:
+    """Launch again what a killed worker took with it: joblib then kills all the others, too.
+
+    Who is to blame cannot be seen, so cells that were at work when it happened go last, and one
+    that was so ``ATTEMPTS`` times, the last time alone, is given up.
+    """
+
+    @functools.wraps(launch)
+    def launch_all(
+        launcher: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+        returns: dict[int, JobReturn] = {}
+        lost: Counter[int] = Counter()
+        while todo := [i for i in range(len(job_overrides)) if i not in returns]:
+            least = min(lost[i] for i in todo)
+            group = [i for i in todo if lost[i] == least]
+            if least == ATTEMPTS - 1:
+                group = group[:1]
+            began = time.time_ns()
+            try:
+                results = launch(launcher, [job_overrides[i] for i in group], initial_job_idx)
+                returns.update(zip(group, results, strict=True))
+            except TerminatedWorkerError:
+                configs = {i: _config(launcher, job_overrides[i]) for i in group}
+                states = {i: _record_since(began, c) for i, c in configs.items()}
+                ended = {i: s for i, s in states.items() if s and s["status"] != "running"}
+                at_work = [i for i, s in states.items() if s and s["status"] == "running"]
+                lost.update(at_work or [i for i in group if i not in ended])
+                returns.update((i, _return(s)) for i, s in ended.items())
+                for i in (i for i in group if lost[i] == ATTEMPTS):
+                    sweep.failed[run_id(configs[i])] = f"its worker was killed {ATTEMPTS} times"
+                    returns[i] = _return(None)
+                log.warning(
+                    "gnbench: a worker was killed (out of memory?) and joblib gave up those beside "
+                    "it; launching again what they were at: %s",
+                    ", ".join(run_id(configs[i]) for i in at_work) or "nothing yet",
+                )
+        return [returns[i] for i in sorted(returns)]
+
+    return launch_all
+
+
+def _interruptible(launch: Launch) -> Launch:
+    """Start Ray beforehand, since it takes SIGTERM for itself, and take the signal back."""
+
+    @functools.wraps(launch)
+    def launch_all(
+        launcher: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        package = type(launcher).__module__.rpartition(".")[0]
+        importlib.import_module(f"{package}._launcher_util").start_ray(launcher.ray_cfg.init)
+        for number in STOPPING:
+            signal.signal(number, _stop)
+        return launch(launcher, job_overrides, initial_job_idx)
+
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+    return launch_all
+
+
+def _complete(launch: Launch) -> Launch:
+    """Name a job that brought no result, and wait for the others: submitit raises at the first."""
+
+    @functools.wraps(launch)
+    def launch_all(
+        launcher: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        from submitit.core import core, utils
+
+        def results_or_nan(job: core.Job[JobReturn]) -> list[JobReturn]:
+            try:
+                return results(job)
+            except utils.UncompletedJobError:
+                log.error(
+                    "job %s is lost (%s), see %s; the same command resumes it",
+                    job.job_id,
+                    job.state,
+                    job.paths.stdout,
+                )
+                return [_return(None)]
+
+        results = core.Job.results
+        core.Job.results = results_or_nan  # type: ignore[method-assign, assignment]
+        try:
+            return launch(launcher, job_overrides, initial_job_idx)
+        finally:
+            core.Job.results = results  # type: ignore[method-assign]
+
+    return launch_all
+
+
+def _config(launcher: Any, overrides: Sequence[str]) -> DictConfig:
+    loader = launcher.hydra_context.config_loader
+    config: DictConfig = loader.load_sweep_config(launcher.config, list(overrides))
+    return config
+
+
+def _record_since(began: int, config: DictConfig) -> dict[str, Any] | None:
+    """Return the record of a cell if it was written since ``began``."""
+    place = runs.Run(Path(config.hydra.sweep.dir) / run_id(config))
+    try:
+        return place.record() if place.record_path.stat().st_mtime_ns >= began else None
+    except (OSError, runs.DamagedError):
+        return None
+
+
+def _return(record: dict[str, Any] | None) -> JobReturn:
+    value = sweep.test_error(record) if record else math.nan
+    return JobReturn(status=JobStatus.COMPLETED, _return_value=value)

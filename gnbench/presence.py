@@ -1,0 +1,173 @@
+"""Who is at work on a run: the one process that holds its lock, and its signs of life."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+BEAT_SECONDS = 10.0
+# Without a sign for so long a run counts as dead. Clocks of machines that share a folder must not
+# differ by more than that.
+SILENCE_SECONDS = 60.0
+LOCK, SIGN = ".lock", ".alive"
+
+
+class LockedError(OSError):
+    """Another process is at work on this run; the message says which."""
+
+
+@dataclass(frozen=True)
+class Sign:
+    """The last sign of life of the process that holds a run.
+
+    ``pid`` means something on ``machine`` only (a boot and a process namespace); ``beat`` is the
+    time of the sign in seconds since 1970; ``step`` of ``total_steps`` were taken by then.
+    """
+
+    host: str
+    machine: str
+    pid: int
+    since: str
+    beat: float
+    step: int = 0
+    total_steps: int = 0
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}"
+
+    def is_fresh(self) -> bool:
+        """Tell whether its process can be taken to be alive."""
+        if time.time() - self.beat > SILENCE_SECONDS:
+            return False
+        return self.machine != _machine() or _exists(self.pid)
+
+
+class Presence:
+    """What the holder of a run shows the world: keep ``step`` and ``total_steps`` up to date."""
+
+    def __init__(self, directory: Path) -> None:
+        self.step = 0
+        self.total_steps = 0
+        self._path = directory / SIGN
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        self._sign = Sign(socket.gethostname(), _machine(), os.getpid(), since, time.time())
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat_on, name="gnbench-alive", daemon=True)
+
+    def begin(self) -> None:
+        """Give the first sign, and go on until `end`."""
+        self._beat()
+        self._thread.start()
+
+    def end(self) -> None:
+        """Fall silent."""
+        self._ended.set()
+        self._thread.join()
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+    def _beat_on(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            self._beat()
+
+    def _beat(self) -> None:
+        sign = replace(self._sign, beat=time.time(), step=self.step, total_steps=self.total_steps)
+        partial = self._path.with_name(f"{SIGN}.partial")
+        with suppress(OSError):  # a full disk: what matters will say so
+            partial.write_text(json.dumps(asdict(sign)))
+            partial.replace(self._path)
+
+
+@contextmanager
+def hold(directory: Path, wait: bool = False) -> Iterator[Presence]:
+    """Hold the lock of a run and give signs of life.
+
+    Raises:
+        LockedError: at once, if another process holds it and ``wait`` is false.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(directory / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        message = f"{directory} is being trained by {read_sign(directory) or 'another process'}"
+        if not wait:
+            raise LockedError(f"{message}; wait=true waits for it") from None
+        log.info("%s; waiting for it", message)
+        lock.acquire()
+    try:
+        _outlast(directory, wait)
+        presence = Presence(directory)
+        presence.begin()
+        try:
+            yield presence
+        finally:
+            presence.end()
+    finally:
+        lock.release()
+
+
+def read_sign(directory: Path) -> Sign | None:
+    """Return the last sign of life of a run's holder, or None if it has none (any more)."""
+    try:
+        entries: dict[str, Any] = json.loads((directory / SIGN).read_bytes())
+        return Sign(**entries)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _outlast(directory: Path, wait: bool) -> None:
+    """Make sure that nobody on another machine holds the run although its lock was free.
+
+    Network file systems may keep locks to one machine. A sign that goes on changing is a holder;
+    one that does not was left by a process that died.
+    """
+    sign = read_sign(directory)
+    if sign is None or sign.machine == _machine() or not sign.is_fresh():
+        return
+    log.info("%s: %s may still be at work; listening for it", directory, sign)
+    silent_since = time.monotonic()
+    while time.monotonic() - silent_since < 2.5 * BEAT_SECONDS:
+        time.sleep(BEAT_SECONDS / 10)
+        latest = read_sign(directory)
+        if latest is None:
+            return
+        if latest != sign:
+            if not wait:
+                raise LockedError(
+                    f"{directory} is being trained by {latest}; wait=true waits for it"
+                )
+            sign, silent_since = latest, time.monotonic()
+
+
+@functools.cache
+def _machine() -> str:
+    """Name the boot and the process namespace that a pid belongs to."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    return socket.gethostname()
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True

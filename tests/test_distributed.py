@@ -1,0 +1,218 @@
+"""One run on several processes: two of them, over gloo, on the CPU."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from gnbench.config import ConfigError, run_id
+from gnbench.distributed import Crew
+from gnbench.experiment import compose
+from tests import crews, tiny
+from tests.conftest import ROOT, measured
+
+JOINT_NORMS = ("syncbn", "gn", "ln", "in", "lrn", "none")
+RUN = (*tiny.OVERRIDES, "batch_size=4", "dataset.augmentation=none", "checkpoint_seconds=0")
+
+
+def difference(found, expected):
+    """Return the largest difference between two lists of numbers, relative to the largest one."""
+    found, expected = torch.tensor(found).double(), torch.tensor(expected).double()
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
+
+
+def flat(numbers):
+    """Flatten the gradients of a network: a bias before a norm has none but rounding."""
+    gradients = [v for name, v in numbers.items() if name.endswith((".weight", ".bias"))]
+    return torch.cat([torch.tensor(values).flatten() for values in gradients]).tolist()
+
+
+@pytest.mark.parametrize("norm", JOINT_NORMS)
+@pytest.mark.parametrize("images", [16, 11], ids=["whole", "partial"])
+def test_the_gradients_are_those_of_one_process_with_the_joint_batch(norm, images):
+    """Float32; the bound is for sums in another order. 11 images are 6 and 5."""
+    overrides = (f"norm={norm}", "model.init=he")
+    [alone] = crews.together(crews.gradients, 1, overrides, 0, images)
+    both = crews.together(crews.gradients, 2, overrides, 0, images)
+    for member in both:
+        assert member.keys() == alone.keys()
+        assert difference(flat(member), flat(alone)) < 1e-5
+        assert member["wrong"] == alone["wrong"]
+        for name in alone:
+            if "running" in name or name == "loss":
+                assert difference(member[name], alone[name]) < 1e-5, name
+
+
+def test_plain_batch_norm_normalizes_over_each_process_alone():
+    """As Wu & He do; so its gradients are not those of the joint batch."""
+    [alone] = crews.together(crews.gradients, 1, ("norm=bn",), 0, 16)
+    one, other = crews.together(crews.gradients, 2, ("norm=bn",), 0, 16)
+    weight = "features.0.0.weight"
+    assert difference(one[weight], other[weight]) == 0  # averaged
+    assert difference(one[weight], alone[weight]) > 0.05
+    mean = "features.0.1.running_mean"
+    assert one[mean] != other[mean]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("shares", [(3, 3), (4, 1)], ids=["equal", "unequal"])
+def test_sync_batch_norm_is_batch_norm_of_the_joint_batch(shares, momentum):
+    """In float64: outputs, gradients of input, γ and β, running statistics, eval mode."""
+    [joint] = crews.together(crews.normalized, 1, (sum(shares),), momentum)
+    one, other = crews.together(crews.normalized, 2, shares, momentum)
+    for turn in range(2):
+        for part in range(2):
+            pieces = one["outputs"][turn][part] + other["outputs"][turn][part]
+            assert difference(pieces, joint["outputs"][turn][part]) < 1e-12
+    for name in ("mean", "variance", "eval"):
+        assert difference(one[name], joint[name]) < 1e-12, name
+        assert one[name] == other[name]
+    for name in ("γ", "β"):  # DistributedDataParallel adds those up
+        total = (torch.tensor(one[name]) + torch.tensor(other[name])).tolist()
+        assert difference(total, joint[name]) < 1e-6
+
+
+def test_a_crew_stops_after_the_same_step_whoever_receives_the_signal():
+    stopped = crews.together(crews.agreements, 3, {1: 5})
+    assert len(set(stopped)) == 1
+    assert 5 <= stopped[0] <= 5 + 128
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_the_shares_of_a_batch_are_equal_and_leave_nothing_out(size):
+    for images in range(size, 20):
+        shares = [Crew(rank, size).share(100, 100 + images) for rank in range(size)]
+        assert shares[0][0] == 100
+        assert shares[-1][1] == 100 + images
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(shares))
+        lengths = [stop - start for start, stop in shares]
+        assert max(lengths) - min(lengths) <= 1
+
+
+def test_the_number_of_processes_is_part_of_what_a_run_is(monkeypatch):
+    alone = run_id(compose("norm=gn", "batch_size=2"))
+    with pytest.raises(ConfigError, match="processes=2: this is one of 1; start torchrun"):
+        compose("norm=gn", "batch_size=2", "processes=2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    both = compose("norm=gn", "batch_size=2")
+    assert both.processes == 2
+    assert run_id(both) != alone
+    with pytest.raises(ConfigError, match="batch_size=30000 for 2 processes is larger"):
+        compose("batch_size=30000")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert run_id(compose("norm=gn", "batch_size=2")) == alone
+
+
+def torchrun(folder, *arguments, options=(), **popen):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    return subprocess.Popen(
+        [*launcher, *options, "-m", "gnbench", *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **popen,
+    )
+
+
+def finished(process):
+    said, _ = process.communicate(timeout=300)
+    return process.returncode, said
+
+
+def test_torchrun_trains_one_run_and_only_rank_0_writes(tmp_path, cli):
+    code, said = finished(torchrun(tmp_path, "-m", *RUN, "norm=gn,syncbn"))
+    assert code == 0, said
+    assert said.count("completed in") == 2  # one process speaks
+    assert said.count("status  ") == 1
+    assert "Warning" not in said
+    cli(*RUN, "norm=gn", "batch_size=8", "study=alone", check=0)
+    records = {
+        path: json.loads(path.read_text()) for path in (tmp_path / "outputs").rglob("run.json")
+    }
+    by_norm = {(r["config"]["norm"]["name"], r["config"]["study"]): p for p, r in records.items()}
+    assert len(by_norm) == 3
+    both = by_norm["gn", "default"].parent
+    assert records[by_norm["gn", "default"]]["config"]["processes"] == 2
+    assert {p.name for p in both.iterdir()} == {
+        "run.json", "metrics.csv", "model.pt", "gnbench.log", ".lock",
+    }  # fmt: skip
+    joint = measured(by_norm["gn", "alone"].parent / "metrics.csv")
+    for row, expected in zip(measured(both / "metrics.csv"), joint, strict=True):
+        if row[0] != "epoch":  # the same steps, learning rates and counts; losses but for rounding
+            assert row[:3] == expected[:3]
+            assert row[8] == expected[8]
+            assert float(row[3]) == pytest.approx(float(expected[3]), rel=1e-3)
+            assert float(row[5]) == pytest.approx(float(expected[5]), rel=1e-2)
+    code, said = finished(torchrun(tmp_path, *RUN, "norm=gn"))
+    assert code == 0, said
+    assert "is completed (test error" in said
+    assert cli("study=default", module="gnbench.aggregate", check=0)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, said = finished(torchrun(folder, *LONG))
+    assert code == 0, said
+    [metrics] = folder.rglob("metrics.csv")
+    return measured(metrics)
+
+
+LONG = (*RUN, "norm=syncbn", "model.dropout=0.1", "epochs=60", "checkpoint_seconds=0.2")
+
+
+def under_way(folder):
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        for path in folder.rglob("metrics.csv"):
+            if len(path.read_text().splitlines()) > 5 and (path.parent / "checkpoint.pt").exists():
+                return path
+        time.sleep(0.02)
+    raise AssertionError("it never began")
+
+
+def workers(launcher):
+    """Return the processes that torchrun started, rank 0 first."""
+    listed = subprocess.run(
+        ["ps", "--ppid", str(launcher.pid), "-o", "pid="],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return sorted(int(pid) for pid in listed.stdout.split())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_of_a_crew_is_restarted_and_resumes(tmp_path, undisturbed, rank):
+    launcher = torchrun(tmp_path, *LONG, options=["--max-restarts=1"])
+    metrics = under_way(tmp_path)
+    os.kill(workers(launcher)[rank], signal.SIGKILL)
+    code, said = finished(launcher)
+    assert code == 0, said
+    assert "resumes after step" in said
+    assert measured(metrics) == undisturbed
+
+
+def test_sigterm_to_torchrun_leaves_a_checkpoint_and_the_same_command_resumes(
+    tmp_path, undisturbed
+):
+    launcher = torchrun(tmp_path, *LONG)
+    metrics = under_way(tmp_path)
+    launcher.send_signal(signal.SIGTERM)
+    code, said = finished(launcher)
+    assert code != 0
+    record = json.loads((metrics.parent / "run.json").read_text())
+    assert record["status"] == "interrupted", said
+    code, said = finished(torchrun(tmp_path, *LONG))
+    assert code == 0, said
+    assert "resumes after step" in said
+    assert measured(metrics) == undisturbed

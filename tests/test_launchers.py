@@ -1,0 +1,216 @@
+"""Sweeps whose cells run side by side, in processes that are killed and interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.conftest import ROOT, measured
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
+LONG = ("norm=bn,gn,ln", "epochs=60", "dataset.augmentation=none")
+PLUGINS = {
+    "joblib": "hydra_plugins.hydra_joblib_launcher",
+    "ray": "hydra_plugins.hydra_ray_launcher",
+}
+# At a time, even on a single core:
+TWO = {"joblib": "hydra.launcher.n_jobs=2", "ray": "hydra.launcher.ray.init.num_cpus=2"}
+
+
+class Sweep:
+    """A sweep as a terminal starts it: in a session of its own."""
+
+    def __init__(self, folder, launcher, *arguments, env=None):
+        pytest.importorskip(PLUGINS[launcher])
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "gnbench", "-m", *tiny.OVERRIDES),
+                *(f"hydra/launcher={launcher}", *arguments),
+            ],
+            cwd=folder,
+            env={k: v for k, v in environment.items() if v is not None},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def workers(self):
+        """Return the process at work on each cell: the one that holds its lock."""
+        found = {}
+        for link in Path("/proc").glob("[0-9]*/fd/*"):
+            try:
+                file = link.readlink()
+            except OSError:  # it has just been closed
+                continue
+            if file.name == ".lock" and file.is_relative_to(self.folder.resolve()):
+                found[file.parent] = int(link.parts[2])
+        return found
+
+    def wait_for_workers(self, count, file):
+        """Wait until so many cells at once are being trained and have written ``file``."""
+        until = time.monotonic() + 120
+        while time.monotonic() < until and self.process.poll() is None:
+            busy = {d: pid for d, pid in self.workers().items() if (d / file).exists()}
+            if len(busy) == count:
+                return busy
+            time.sleep(0.02)
+        self.process.kill()
+        raise AssertionError(self.process.communicate())
+
+    def end(self, code):
+        """Wait for the end, check the exit code and that no process is left; return the output."""
+        out, err = self.process.communicate(timeout=200)
+        assert self.process.returncode == code, err + out
+        assert "Traceback" not in err
+        until = time.monotonic() + 20
+        while self.left() and time.monotonic() < until:
+            time.sleep(0.1)
+        assert self.left() == []
+        return out, err
+
+    def left(self):
+        """Name the processes of the session that live."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+                if int(fields[3]) == self.process.pid and fields[0] != "Z":
+                    found.append((stat.parent / "cmdline").read_text().replace("\0", " "))
+            except OSError:
+                continue
+        return found
+
+
+def table(out):
+    """Return the statuses in the table at the end."""
+    lines = out[out.index("status  ") :].splitlines()[1:]
+    return [line.split()[0] for line in lines if not line.startswith(" ")]
+
+
+def records(folder):
+    return {p.parent.name: json.loads(p.read_text()) for p in folder.rglob("run.json")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Train the cells of ``LONG`` without interruption; return their metrics by run."""
+    folder = tmp_path_factory.mktemp("whole")
+    subprocess.run(
+        [sys.executable, "-m", "gnbench", "-m", *tiny.OVERRIDES, *LONG],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
+    return metrics(folder)
+
+
+def metrics(folder):
+    return {p.parent.name: measured(p) for p in folder.rglob("metrics.csv")}
+
+
+@pytest.mark.parametrize("launcher", PLUGINS)
+def test_a_launcher_that_is_not_installed_is_one_line_that_names_the_extra(cli, tmp_path, launcher):
+    """A package before them on the path hides the plugins."""
+    hidden = tmp_path / "hidden" / "hydra_plugins"
+    hidden.mkdir(parents=True)
+    (hidden / "__init__.py").touch()
+    (tmp_path / "empty").mkdir()
+    done = cli(
+        *("-m", *tiny.OVERRIDES, "norm=bn,gn", f"hydra/launcher={launcher}"),
+        env={"PYTHONPATH": f"{hidden.parent}:{ROOT}"},
+        cwd=tmp_path / "empty",
+        check=2,
+    )
+    [line] = done.stderr.splitlines()
+    assert line.startswith("gnbench: ")
+    assert line.endswith(f"pip install 'gnbench[{launcher}]'")
+    assert done.stdout == ""
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+@pytest.mark.parametrize("launcher", PLUGINS)
+def test_a_launcher_writes_what_the_basic_one_does(cli, tmp_path, launcher):
+    """And gives every run its share of the cores."""
+    sweep, env = ("norm=bn,gn", "batch_size=8,16"), {"OMP_NUM_THREADS": None}
+    out, err = Sweep(tmp_path, launcher, *sweep, TWO[launcher], env=env).end(0)
+    assert "Warning" not in err
+    assert table(out) == ["completed"] * 4
+    cores = pytest.importorskip("joblib").cpu_count()
+    share = {"joblib": max(cores // 2, 1), "ray": 1}[launcher]
+    devices = [record["device"] for record in records(tmp_path).values()]
+    assert all(device.endswith(f" {share} threads)") for device in devices), devices
+    plain = cli("-m", *tiny.OVERRIDES, *sweep, check=0)  # the same directories
+    assert plain.stderr.count("is completed (test error") == 4
+
+
+def test_joblib_launches_again_what_a_killed_worker_took_with_it(tmp_path, whole):
+    sweep = Sweep(tmp_path, "joblib", *LONG, "checkpoint_seconds=0.1", TWO["joblib"])
+    directory, pid = next(iter(sweep.wait_for_workers(2, "checkpoint.pt").items()))
+    os.kill(pid, signal.SIGKILL)
+    out, err = sweep.end(0)
+    assert table(out) == ["completed"] * 3
+    [line] = [line for line in err.splitlines() if "a worker was killed" in line]
+    assert directory.name in line
+    assert "resumes after step" in (directory / "gnbench.log").read_text()
+    assert metrics(tmp_path) == whole
+
+
+def test_joblib_loses_only_the_cell_that_kills_its_workers(tmp_path):
+    (tmp_path / "deadly.py").write_text(
+        "import os, signal\nfrom tests import tiny\n"
+        "def good(root=None): return tiny.dataset()\n"
+        "def bad(root=None): os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    sweep = Sweep(
+        *(tmp_path, "joblib", "dataset._target_=deadly.bad,deadly.good,tests.tiny.dataset"),
+        "hydra.launcher.n_jobs=2",
+        env={"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+    )
+    out, _ = sweep.end(1)
+    assert table(out) == ["failed", "completed", "completed"]
+    assert out.count("its worker was killed 3 times") == 1
+
+
+@pytest.mark.parametrize("launcher", PLUGINS)
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
+)
+def test_an_interrupted_command_has_its_workers_save_and_end(
+    cli, tmp_path, whole, launcher, number, code
+):
+    """A terminal sends Ctrl-C to all processes, a scheduler SIGTERM to the command alone."""
+    sweep = Sweep(tmp_path, launcher, *LONG, TWO[launcher])
+    busy = sweep.wait_for_workers(2, "metrics.csv")
+    if number == signal.SIGINT:
+        os.killpg(sweep.process.pid, number)
+    else:
+        sweep.process.send_signal(number)
+    out, _ = sweep.end(code)
+    assert table(out).count("interrupted") == 2
+    for directory in busy:
+        assert records(tmp_path)[directory.name]["status"] == "interrupted"
+        assert (directory / "checkpoint.pt").exists()
+    cli("-m", *tiny.OVERRIDES, *LONG, check=0)
+    for directory in busy:
+        assert "resumes after step" in (directory / "gnbench.log").read_text()
+    assert metrics(tmp_path) == whole
+
+
+def test_ray_takes_up_again_what_a_killed_worker_was_at(tmp_path, whole):
+    sweep = Sweep(tmp_path, "ray", *LONG, "checkpoint_seconds=0.1", TWO["ray"])
+    directory, pid = next(iter(sweep.wait_for_workers(2, "checkpoint.pt").items()))
+    os.kill(pid, signal.SIGKILL)
+    out, _ = sweep.end(0)
+    assert table(out) == ["completed"] * 3
+    assert "resumes after step" in (directory / "gnbench.log").read_text()
+    assert metrics(tmp_path) == whole
