@@ -90,7 +90,7 @@ def read_study(path: Path) -> Study:
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
     with os.scandir(path) as entries:
-        folders = sorted(entry.path for entry in entries if entry.is_dir())
+        folders = sorted(e.path for e in entries if e.is_dir() and not e.name.startswith("."))
     for folder in folders:
         try:
             rows.append(_flat_record(path.name, Path(folder)))

@@ -39,6 +39,9 @@ def is_explained(error: BaseException) -> bool:
 
 def report(error: BaseException) -> int:
     """Print what is wrong on one line of stderr, or a traceback for a bug; return the exit code."""
+    if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  (or Python complains at exit)
+        return FAILED
     bad_input = is_config_fault(error) or not _composed
     if _wants_traceback or not (bad_input or is_explained(error)):
         traceback.print_exception(error)

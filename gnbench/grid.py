@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 PLAN_PREFIX = "sweep-"
 # What `standing` says beside the statuses of a record.
 MISSING, STALE, DAMAGED = "missing", "stale", "damaged"
+STATES = (*runs.STATUSES, MISSING, STALE, DAMAGED)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,14 @@ def cells(study: Path) -> dict[str, Cell | None]:
             found[directory] = Cell.of(config, directory)
         except (runs.DamagedError, OSError, LookupError, TypeError, AttributeError):
             found[directory] = None
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items(), key=_order))
+
+
+def _order(entry: tuple[str, Cell | None]) -> tuple[Any, ...]:
+    directory, cell = entry
+    if cell is None:
+        return (1, directory)
+    return (0, cell.dataset, cell.model, cell.norm, -cell.batch_size, cell.seed, directory)
 
 
 def standing(directory: str | Path) -> Standing:

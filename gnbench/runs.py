@@ -37,7 +37,7 @@ METRICS = (
     "seconds",
 )
 FINISHED = ("completed", "diverged")  # such a run is not trained again unless asked
-STATUSES = (*FINISHED, "running", "out_of_memory", "interrupted", "failed")
+STATUSES = (*FINISHED, "running", "interrupted", "failed", "out_of_memory")
 REPORTED_EPOCHS = 5  # the reported error is the median of the last five (Wu & He 2018, 4.1)
 
 

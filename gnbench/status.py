@@ -18,7 +18,7 @@ from gnbench.grid import Cell, Standing
 def describe(study: Path, cells: Mapping[str, Cell | None], standings: list[Standing]) -> str:
     """Put a study into words: a grid for every dataset and model, then what is not done."""
     counts = Counter(cell.state for cell in standings)
-    summary = ", ".join(f"{count} {state}" for state, count in counts.most_common())
+    summary = ", ".join(f"{counts[state]} {state}" for state in grid.STATES if counts[state])
     lines = [f"study {study.name}: {len(standings)} cells: {summary}"]
     grids: dict[str, dict[tuple[str, int], list[Standing]]] = {}
     for found in standings:

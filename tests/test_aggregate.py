@@ -325,6 +325,41 @@ def test_curves_have_a_panel_for_every_batch_size(study):
     assert [list(line.get_xdata()) for line in means] == [[1, 2, 3], [1, 2, 3]]
 
 
+def test_runs_of_different_versions_together_are_noted(study, capsys):
+    assert read_study(study).notes == []
+    one, *_ = sorted(study.glob("*/run.json"))
+    record = json.loads(one.read_text())
+    record["versions"]["gnbench"] = "0.2.0"
+    one.write_text(json.dumps(record))
+    [note] = read_study(study).notes
+    assert note == (
+        "runs of different versions of gnbench together: 0.1.0 (18 runs), 0.2.0 (1 runs)"
+    )
+    record["status"] = "failed"  # it has no result that could be compared
+    one.write_text(json.dumps(record))
+    assert read_study(study).notes == []
+
+
+def test_metrics_that_were_cut_after_the_run_are_noted(study, capsys):
+    one, *_ = sorted(study.glob("*-gn-*/metrics.csv"))
+    one.write_text(one.read_text()[:-5])
+    write_studies(study.parent)
+    said = capsys.readouterr().out
+    assert f"{one} has 2 whole rows of 3; the result stands in run.json" in said
+
+
+def test_runs_on_several_processes_are_never_averaged_with_those_on_one(tmp_path):
+    path = tmp_path / "outputs" / "demo"
+    put(path, 20, "norm=gn", seed=0)
+    together = put(path, 10, "norm=gn", seed=1)
+    record = together.record()
+    record["config"]["processes"] = 4
+    together.write_record(record)
+    table = read_study(path).runs
+    assert differing(table) == ["processes"]
+    assert summarize(table)["test_error_mean"].tolist() == [20, 10]
+
+
 def test_it_writes_what_the_contract_says_beside_the_runs(study, capsys):
     write_studies(study.parent)
     files = {p.name for p in study.iterdir() if p.is_file()}

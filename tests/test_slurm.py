@@ -118,6 +118,7 @@ def test_a_sweep_is_one_job_array_whose_cells_any_launcher_finds(slurm, cli, tmp
     assert done.stderr.count("is completed (test error") == 4
     done = cli(module="gnbench.aggregate", check=0)
     assert "study default: 4 finished runs" in done.stdout
+    assert "left out" not in done.stdout
 
 
 @pytest.mark.parametrize(
