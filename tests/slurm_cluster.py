@@ -60,7 +60,13 @@ AccountingStorageHost=127.0.0.1
 AccountingStoragePort={dbd_port}
 AccountingStoragePass={root}/munge.sock
 NodeName={node} NodeHostname={hostname} NodeAddr=127.0.0.1 CPUs=16 RealMemory=65536
-PartitionName=main Nodes={node} Default=YES MaxTime=INFINITE
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes={node} Default=YES MaxTime=INFINITE PreemptMode=OFF
+# For a job in high, one in low gives way, after a grace time that is longer than any test waits.
+PartitionName=low Nodes={node} MaxTime=INFINITE PriorityTier=1 GraceTime=600
+PartitionName=lowest Nodes={node} MaxTime=INFINITE PriorityTier=1
+PartitionName=high Nodes={node} MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF
 """
 
 DBD_CONF = """\

@@ -150,6 +150,27 @@ def test_a_requeued_run_ends_as_if_it_never_was(slurm, start, whole, tmp_path, c
         assert word in said
 
 
+@pytest.mark.parametrize("partition", ["low", "lowest"], ids=["grace time", "no grace time"])
+def test_a_preempted_run_gives_way_and_resumes(slurm, start, whole, tmp_path, partition):
+    outputs = tmp_path / "outputs"
+    process = start(*LONG, *SLURM, "norm=bn,gn", f"hydra.launcher.partition={partition}")
+    training(outputs, "-bn-")
+    directory = training(outputs, "-gn-")
+    names = [job(outputs, index) for index in (0, 1)]
+    urgent = ["srun", "--quiet", "--partition=high", "--cpus-per-task=16", "true"]
+    subprocess.run(urgent, check=True, timeout=120)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err + slurm.logs()
+    assert column(out) == ["completed"] * 2
+    until(lambda: all(slurm.jobs()[name] == "COMPLETED" for name in names))
+    for path in outputs.rglob("gnbench.log"):
+        log = path.read_text()
+        assert log.count("interrupted; the same command resumes it") == 1
+        assert log.count("resumes after step") == 1
+        assert re.findall(r"epoch (\d+)/100 ", log) == [str(n + 1) for n in range(100)]
+    assert measured(directory / "metrics.csv") == whole
+
+
 def test_lost_jobs_cost_their_own_cells_and_the_same_command_mends_them(
     slurm, start, whole, cli, tmp_path
 ):
