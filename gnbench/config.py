@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -14,7 +15,8 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 # The settings that make a run the run it is. Everything else says how it is executed.
 IDENTITY = (
@@ -54,6 +56,7 @@ RANGES: dict[str, tuple[str, float, float]] = {
     "schedule.gamma": ("over", 0, math.inf),
     "checkpoint_seconds": ("from", 0, math.inf),
 }
+LARGEST = 2**63 - 1  # of the integers that torch takes
 NULLABLE = ("norm.momentum",)  # null: a cumulative average
 DATASET_KEYS = {
     "name",
@@ -193,6 +196,7 @@ def check_study(study: Any) -> None:
 
 def check(config: DictConfig) -> None:
     """Raise `ConfigError` for a value that cannot work, as far as can be told without torch."""
+    _check_interpolations(config)
     check_study(config.study)
     if not config.outputs:
         raise ConfigError("outputs='' is not a folder: choose one, e.g. outputs=outputs")
@@ -211,7 +215,7 @@ def check(config: DictConfig) -> None:
             raise ConfigError(f"{key}={value}: choose one of {choices}")
     for key in POSITIVE_INTEGERS:
         check_integer(key, OmegaConf.select(config, key), least=1)
-    check_integer("seed", config.seed, least=0, most=2**63 - 1)
+    check_integer("seed", config.seed, least=0, most=LARGEST)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
         raise ConfigError(f"device={config.device}: choose one of auto, cpu, cuda, cuda:N")
     betas = config.optimizer.get("betas")
@@ -247,7 +251,7 @@ def one_line(error: BaseException) -> str:
     for text in texts:
         message = text.partition("Config search path:")[0]
         lines += [line.strip() for line in message.splitlines() if line.strip()]
-    noise = ("full_key:", "object_type=", "To append to your config use")
+    noise = ("full_key:", "object_type=", "reference_type=", "To append to your config use")
     kept = [line.removesuffix(".") for line in lines if not line.startswith(noise)]
     return "; ".join(dict.fromkeys(kept)).replace(":;", ":")
 
@@ -259,11 +263,29 @@ def check_integer(key: str, value: Any, least: int, most: int | None = None) -> 
         raise ConfigError(f"{key}={value}: must be {wanted}")
     if value < least or (most is not None and value > most):
         raise ConfigError(f"{key}={value}: must be {wanted}")
+    if value > LARGEST:
+        raise ConfigError(f"{key}={value}: must be at most {LARGEST}")
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether ``value`` is a finite number that fits into a float."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return plain and abs(value) <= sys.float_info.max
 
 
 def options(group: str) -> str:
     """List what ``conf/<group>`` offers, for a message."""
     return ", ".join(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")))
+
+
+def _check_interpolations(config: DictConfig) -> None:
+    own = config.copy()
+    with open_dict(own):
+        own.pop("hydra", None)
+    try:
+        OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {one_line(error)}") from error
 
 
 def _check_keys(prefix: str, node: DictConfig, known: set[str]) -> None:
@@ -286,7 +308,7 @@ def _check_dataset(dataset: DictConfig) -> None:
         raise ConfigError(f"dataset.image={dataset.image}: give [channels, height, width]")
     for key in ("mean", "std"):
         values = list(dataset[key]) if OmegaConf.is_list(dataset[key]) else []
-        numbers = [v for v in values if isinstance(v, int | float) and math.isfinite(v)]
+        numbers = [v for v in values if is_number(v)]
         if len(numbers) != image[0] or len(values) != image[0]:
             raise ConfigError(
                 f"dataset.{key}={dataset[key]}: must be a list of one number per channel "
@@ -302,9 +324,8 @@ def _check_range(config: DictConfig, key: str, bound: str, least: float, most: f
     if name not in node or (node[name] is None and key in NULLABLE):
         return
     value = node[name]
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    fits = number and (value > least if bound == "over" else value >= least) and value <= most
-    if not fits or not math.isfinite(value):
+    fits = (value > least if bound == "over" else value >= least) if is_number(value) else False
+    if not fits or value > most:
         wanted = f"{bound} {least:g}" + (f" to {most:g}" if math.isfinite(most) else "")
         raise ConfigError(f"{key}={value}: must be a number {wanted}")
 

@@ -21,13 +21,14 @@ from torch import nn
 
 from gnbench import distributed
 from gnbench.batches import ResidentData
-from gnbench.config import ConfigError, check, conf_dir, one_line
+from gnbench.config import ConfigError, check, conf_dir, is_number, one_line
 from gnbench.datasets import Dataset, balanced_subset
 from gnbench.devices import choose_device
 from gnbench.engine import EagerEngine
 from gnbench.training import Training, steps_per_epoch
 
 log = logging.getLogger(__name__)
+logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it raises as well
 
 OWN_KEYS = ("name", "decay_norm_and_bias")  # settings of gnbench beside those of the component
 MIB = 1024**2
@@ -91,7 +92,7 @@ def build_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimiz
         # The fused step is torch's own; at small batches the optimizer is a third of the time.
         fused = {"fused": True} if "fused" in inspect.signature(factory.func).parameters else {}
         optimizer: torch.optim.Optimizer = factory(parameters, **fused)
-    except (InstantiationException, TypeError, ValueError) as error:
+    except (InstantiationException, TypeError, ValueError, ArithmeticError) as error:
         raise _config_error(config, "optimizer", error=error) from error
     return optimizer
 
@@ -209,7 +210,7 @@ def build_schedule(
     try:
         factory = instantiate(_component(config.schedule), _convert_="all")
         schedule: Callable[[int], float] = factory(total_steps, epoch_steps)
-    except (InstantiationException, TypeError, ValueError) as error:
+    except (InstantiationException, TypeError, ValueError, ArithmeticError) as error:
         raise _config_error(config, "schedule", error=error) from error
     return schedule
 
@@ -236,7 +237,7 @@ def check_run(config: DictConfig) -> None:
         raise _config_error(config, "model", "norm", "batch_size", error=error)
     with torch.random.fork_rng(devices=[]):
         build_optimizer(config, nn.Linear(1, 1))
-    build_schedule(config, *training_length(config, must_drop_last(config)))
+    _check_rates(config)
 
 
 def must_drop_last(config: DictConfig) -> bool:
@@ -251,6 +252,21 @@ def must_drop_last(config: DictConfig) -> bool:
         return False
     least = remainder // config.processes
     return least == 0 or _objection(config, least) is not None
+
+
+def _check_rates(config: DictConfig) -> None:
+    """Have a learning rate that no float holds refused, not met at the end of the training."""
+    total_steps, epoch_steps = training_length(config, must_drop_last(config))
+    schedule = build_schedule(config, total_steps, epoch_steps)
+    try:
+        rates = [base_lr(config) * schedule(step) for step in (0, total_steps - 1)]
+    except OverflowError:
+        rates = [math.inf]
+    if not all(map(math.isfinite, rates)):
+        raise ConfigError(
+            f"optimizer.lr={config.optimizer.lr}, schedule={config.schedule.name}, "
+            f"batch={config.batch.name}: the learning rate becomes infinite; choose a smaller one"
+        )
 
 
 def _own_seed(seed: int, rank: int) -> int:
@@ -271,12 +287,12 @@ def _objection(config: DictConfig, batch_size: int) -> Exception | None:
             return None
         except ConfigError:
             raise
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
             if "meta" not in str(error):
                 return error
         try:
             build_model(config).train()(torch.zeros(min(batch_size, 2), *config.dataset.image))
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
             return error
     return None
 
@@ -306,8 +322,7 @@ def _check_types(key: str, node: DictConfig) -> None:
         plain = {"bool": bool, "int": int, "str": str}.get(wanted)
         if plain is not None and type(value) is not plain:
             raise ConfigError(f"{key}.{name}={value}: must be of type {wanted}")
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if wanted == "float" and not number:
+        if wanted == "float" and not is_number(value):
             raise ConfigError(f"{key}.{name}={value}: must be a number")
         if wanted in elements and not (
             OmegaConf.is_list(value) and all(isinstance(v, elements[wanted]) for v in value)

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 Norm = Callable[[int], nn.Module]
 
+MOST_BLOCKS = 1000  # of a `ResNet`; the deepest of He et al. 2016 has 600
+
 
 class SimpleBlock(nn.Sequential):
     """(conv 3×3, norm, ReLU) × 2 and, unless ``pool`` is false, max-pool 2."""
@@ -209,6 +211,8 @@ class ResNet(nn.Module):
             raise ValueError(f"stem={stem}: choose one of {', '.join(stems)}")
         if len(layers) != 4 or min(layers) < 1:
             raise ValueError(f"layers={list(layers)}: give four positive block counts")
+        if sum(layers) > MOST_BLOCKS:
+            raise ValueError(f"layers={list(layers)}: give at most {MOST_BLOCKS} blocks in all")
         self.stem = stems[stem](image[0], norm)
 
         blocks: list[BasicBlock | Bottleneck] = []

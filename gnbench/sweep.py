@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
@@ -23,6 +25,8 @@ from gnbench.grid import Cell
 from gnbench.presence import LockedError
 
 log = logging.getLogger(__name__)
+
+MOST_CELLS = 10_000
 
 planned: list[Cell] = []  # the cells of the sweep that this process started
 failed: dict[str, str] = {}  # by run id: what this process saw fail, though no record may say so
@@ -129,8 +133,10 @@ def _plan(config: DictConfig) -> None:
     parser = OverridesParser.create(config_loader=loader)
     arguments = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
     arguments += list(config.hydra.overrides.task)
-    [batch] = BasicSweeper.split_arguments(parser.parse_overrides(arguments), max_batch_size=None)
-    configs = [loader.load_sweep_config(config, list(overrides)) for overrides in batch]
+    overrides = parser.parse_overrides(arguments)
+    _count(overrides)
+    [batch] = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+    configs = [loader.load_sweep_config(config, list(cell)) for cell in batch]
     _check(configs)
     cells = [Cell.of(c, str(Path(c.hydra.sweep.dir) / run_id(c))) for c in configs]
     planned[:] = dict.fromkeys(cells)
@@ -138,6 +144,18 @@ def _plan(config: DictConfig) -> None:
         return
     for study in {Path(cell.directory).parent for cell in cells}:
         grid.write_plan(study, [cell for cell in planned if Path(cell.directory).parent == study])
+
+
+def _count(overrides: Sequence[Override]) -> None:
+    """Refuse a sweep of more cells than can be checked, before Hydra lists them all."""
+    cells = 1
+    for override in overrides:
+        if override.is_sweep_override():
+            cells *= sum(1 for _ in islice(override.sweep_string_iterator(), MOST_CELLS + 1))
+            if cells > MOST_CELLS:
+                raise ConfigError(
+                    f"{override.input_line}: a sweep of more than {MOST_CELLS} cells; split it"
+                )
 
 
 def _check(configs: Sequence[DictConfig]) -> None:
@@ -149,7 +167,9 @@ def _check(configs: Sequence[DictConfig]) -> None:
         try:
             check_run(config)
         except ConfigError as error:
-            faults[str(error)] = None
+            faults[" ".join(str(error).splitlines())] = None
+        except SystemExit as stop:
+            raise ConfigError("a _target_ ends the program: name what builds the part") from stop
     if faults:
         raise ConfigError("\n".join(faults))
 

@@ -1,0 +1,257 @@
+"""Whatever is typed: one clear line and nothing written, or a run that can be trained."""
+
+import functools
+import itertools
+import json
+import math
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from gnbench.config import conf_dir
+from tests import faults, hostile
+
+GROUPS = ("model", "norm", "dataset", "optimizer", "schedule", "batch", "experiment")
+NUMBERS = (
+    "-1", "0", "1", "2", "3", "7", "64", "-0.0", "0.5", "1.0", "1e-300", "1e300", "-1e300", "nan",
+    "-nan", "inf", "-inf", "1000000000000000000", "9223372036854775808", f"1{'0' * 30}",
+    f"1{'0' * 400}", f"1{'0' * 5000}", "1e18", "0x10", "1_000", "007", "1.", ".5", "--1",
+)  # fmt: skip
+WORDS = (
+    "", "''", '""', "null", "true", "false", "yes", "on", "abc", "'a b'", "' '", "a b", "😀",
+    "'😀'", "שלום", "\u202eabc", "e\u0301", "'a\u2028b'", "'a\tb'", "'a\nb'", "a\nb", "\ufeff",
+    "x" * 300, "'" + "x y" * 100 + "'", "???", "'???'", "!!int 3", "none", "NULL", "~", "cuda:0",
+    "cuda:99999999999999999999", "cuda:-1", "cpu:7", "%s", "{}", "$", "\\", "\x1b[31m",
+)  # fmt: skip
+PATHS = (
+    "../x", "/etc/x", "~/x", "a/b", "..", ".", "/", "./x", "a/../../x", "//x", "x/", "-", "-x",
+    ".hidden", "con:", "a\\b", "/proc/x", "/dev/null", "/dev/null/x", "'a/ b'", "a..b",
+)  # fmt: skip
+COLLECTIONS = (
+    "[]", "[1]", "[0,0,0]", "[1,2]", "[a,b]", "[1,1,1,1]", "[100000,1,1,1]", "[1,1,1,100000]",
+    "[0.5,0.9]", "[nan,0.5]", "[inf,1,1]", "[3,100000,100000]", "[3,1000000000000000000,2]",
+    "[1000000000000000000,32,32]", "[true,true,true]", "[null]", "[[1,2],[3]]", "[1,[2,{a:3}]]",
+    "[-1,32,32]", "[3,32,32]", "[1e300,1e300,1e300]", "[1e-300,1e-300,1e-300]", "{}", "{a:1}",
+    "{a:{b:[1]}}", "{_target_:os.system}", "{name:x,_target_:builtins.exit}", "{'':1}", "{1:2}",
+)  # fmt: skip
+INTERPOLATIONS = (
+    "${oc.env:HOME}", "${oc.env:NOPE}", "${nope}", "${run_id:}", "${run_id}", "${batch_size}",
+    "${epochs}", "${model}", "${study}", "${nope:}", "${", "${}", "${${batch_size}}", "$x",
+    "${oc.decode:'['}", "${hydra:run.dir}", "${hydra.run.dir}", "${.name}", "${..seed}", "${...x}",
+    "'${nope}'", "\\${nope}", "${oc.env:HOME}/x", "x${seed}",
+)  # fmt: skip
+SYNTAX = (
+    "1,2", "1,", ",", "a,b", "0,1,nan", "[", "]", "{", "}", "(", ")", "'", '"', "[1,2", "1]",
+    "{a:1", "choice(1,2)", "choice()", "range(1,3)", "range(1,1000000000)", "interval(0,1)",
+    "glob(*)", "shuffle(1,2)", "sort(3,1)", "tag(a,1)", "int(3)", "str(3)", "float(1)", "nope(3)",
+    "a=b", "=", "==", "a:b", "@", "a@b", "#", "bn,bn", "gn,nope", "'1,2'", "1 2", "*",
+)  # fmt: skip
+TARGETS = (
+    "os.system", "builtins.exit", "sys.exit", "os.getcwd", "math.sqrt", "builtins.dict",
+    "builtins.int", "torch.nn.Linear", "torch.nn.Identity", "torch.nn.ReLU", "torch.optim.Adagrad",
+    "torch.optim.LBFGS", "gnbench", "gnbench.nothing", "os", "nope", ".", "..", "a..b", "a.", ".a",
+    "gnbench.norms.group_norm", "gnbench.models.ResNet", "gnbench.models.SimpleNet", "time.sleep",
+    "gnbench.schedules.constant", "tests.tiny.dataset", "tests.tiny.Greedy", "antigravity.x",
+)  # fmt: skip
+UNKNOWN = (
+    "epoks", "model.nope", "norm.num_grups", "hydra.nope", "nope.nope", "a.b.c.d", "dataset.0",
+    "batch.", ".batch", "batch..name", "😀", "", " ", "model.layers[0]", "model.layers.0",
+    "optimizer.betas.1", "dataset.image.0", "model@norm", "norm@pkg", "model.block._target_",
+    "_target_", "hydra", "hydra/launcher", "hydra/sweeper", "hydra.mode", "hydra.launcher",
+    "hydra.verbose", "hydra.job.name", "hydra.sweeper.params", "hydra.callbacks", "schema",
+    "model._args_", "model._recursive_", "model._convert_", "norm._args_", "optimizer._args_",
+)  # fmt: skip
+RAW = (
+    "=", "==", "a", "~model", "~norm.name", "~batch_size", "~", "+", "++", "~nope", "+a", "++a=",
+    "model", "'", "[", "--", "--nope", "-x", "-1", "~dataset.root", "~dataset.image", "~batch",
+    "~schedule.name", "~optimizer.decay_norm_and_bias", "+model=resnet18", "model@x=resnet18",
+    "+model@x=resnet18", "--config-name=nope", "-cn=nope", "--config-path=/nope", "--cfg=nope",
+    "--info=nope", "--package=nope", "-cd=/nope", "--experimental-rerun=nope", "~model._target_",
+)  # fmt: skip
+
+
+def flat(prefix, node):
+    for key, value in node.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from flat(f"{prefix}{key}.", value)
+
+
+@functools.cache
+def known():
+    """Return every setting there is, each with an override that makes it be there."""
+    found = {}
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        for group in GROUPS:
+            for path in sorted((conf_dir() / group).glob("*.yaml")):
+                choice = f"{group}={path.stem}"
+                config = OmegaConf.to_container(hydra_compose("config", [choice]))
+                for key in flat("", config):
+                    found.setdefault(key, set()).add(choice)
+    return {key: sorted(choices) for key, choices in sorted(found.items())}
+
+
+VALUES = st.one_of(
+    *map(st.sampled_from, (NUMBERS, WORDS, PATHS, COLLECTIONS, INTERPOLATIONS, SYNTAX)),
+    st.text(
+        st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=6
+    ),
+)
+BATCH = 4  # commands of an example
+PROFILE = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.explicit, Phase.generate),  # each try is a command: too slow to shrink
+)
+MANY = settings(PROFILE, max_examples=25 * faults.REPEAT)
+FEWER = settings(PROFILE, max_examples=5 * faults.REPEAT)
+
+
+@st.composite
+def overrides(draw):
+    """One override that may be anything, with the choice of a component that knows its key."""
+    kind = draw(st.integers(0, 9))
+    if kind == 0:
+        return [draw(st.sampled_from(RAW))]
+    if kind == 1:
+        key, others = draw(st.sampled_from(UNKNOWN)), []
+    else:
+        key = draw(st.sampled_from(list(known())))
+        choice = draw(st.sampled_from(known()[key]))
+        others = [choice] if key.partition(".")[0] == choice.partition("=")[0] != key else []
+    value = draw(st.sampled_from(TARGETS) if key.endswith("_target_") else VALUES)
+    prefix = draw(st.sampled_from(["", "", "", "", "+", "++", "~"]))
+    return [*others, f"{prefix}{key}={value}"]
+
+
+COMMANDS = st.tuples(
+    st.sampled_from([[], [], ["-m"]]),
+    st.lists(overrides(), min_size=1, max_size=2).map(lambda lists: [*itertools.chain(*lists)]),
+).map(lambda parts: [*parts[0], *parts[1]])
+FOLDERS = st.sampled_from((*WORDS, *PATHS, *NUMBERS, *INTERPOLATIONS, *SYNTAX))
+ANSWERS = st.tuples(
+    st.sampled_from(["gnbench.status", "gnbench.aggregate"]),
+    st.lists(
+        st.tuples(
+            st.sampled_from(
+                ["study", "outputs", "figure", "figure.order", "figure.baseline",
+                 "figure.reference", "nope", "+nope", "~study"]
+            ),
+            FOLDERS,
+        ).map("=".join),
+        min_size=1,
+        max_size=2,
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def call(tmp_path_factory):
+    """Run a command; return its exit code, what it said, its report and what it wrote."""
+    numbers = itertools.count()
+    base = tmp_path_factory.mktemp("hostile")
+
+    def called(module, arguments, allowed=()):
+        folder = base / str(next(numbers))
+        folder.mkdir()
+        code = hostile.command(module, arguments, folder, allowed)
+        assert code is not None, f"it hangs: {arguments}"
+        out, err, report = (
+            (folder / name).read_text(encoding="utf-8") for name in ("stdout", "stderr", "report")
+        )
+        written = sorted(str(path.relative_to(folder)) for path in (folder / "work").rglob("*"))
+        shutil.rmtree(folder)
+        return code, out, err, json.loads(report), [w.removeprefix("work/") for w in written]
+
+    return called
+
+
+def assert_refused(err, out, written, several):
+    lines = err.removesuffix("\n").split("\n")
+    assert lines[0].startswith("gnbench: ")
+    assert len(lines) == 1 or several, err
+    assert all(line.removeprefix("gnbench: ").strip() for line in lines)
+    assert out == ""
+    assert written == []
+
+
+def is_flag(argument):
+    return argument.startswith("-") and argument != "-m"
+
+
+def assert_refused_or_trainable(arguments, code, out, err, report, written):
+    assert report["changes"] == []
+    assert "Traceback" not in err
+    if code == 2 and any(map(is_flag, arguments)) and err.startswith("usage:"):
+        assert err.splitlines()[-1].startswith("gnbench: error:")
+        return
+    if code == 2:
+        assert_refused(err, out, written, several="-m" in arguments)
+        return
+    assert code in (0, 1), err
+    assert report["accepted"] or any(map(is_flag, arguments))
+    assert all(path == "outputs" or path.startswith("outputs/") for path in written)
+    for run in report["accepted"]:
+        assert all(math.isfinite(rate) for rate in run["rates"]), run["rates"]
+        assert "/" not in run["run_id"]
+
+
+def two_at_a_time(case, commands):
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(case, commands))
+
+
+@given(st.lists(COMMANDS, min_size=BATCH, max_size=BATCH))
+@MANY
+def test_a_command_line_is_refused_in_one_line_or_can_be_trained(call, commands):
+    def check(arguments):
+        assert_refused_or_trainable(arguments, *call("gnbench", arguments))
+
+    two_at_a_time(check, commands)
+
+
+@given(st.lists(ANSWERS, min_size=BATCH, max_size=BATCH))
+@FEWER
+def test_status_and_aggregate_refuse_in_one_line_what_is_not_there(call, commands):
+    def check(command):
+        code, out, err, report, written = call(*command)
+        assert code == 2
+        assert report["changes"] == []
+        assert_refused(err, out, written, several=False)
+
+    two_at_a_time(check, commands)
+
+
+def test_an_absolute_folder_for_outputs_is_the_user_s_choice(call, tmp_path):
+    chosen = tmp_path / "elsewhere"
+    code, _, err, report, written = call("gnbench", [f"outputs={chosen}"], [str(chosen)])
+    assert (code, err, report["changes"], written) == (0, "", [], [])
+    [run] = report["accepted"]
+    assert run["directory"] == f"{chosen}/default/{run['run_id']}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["study=a/../../x"],
+        ["model=resnet18", "model.layers=[100000,1,1,1]"],
+        ["model=resnet18", "model.block.path=nope"],
+        ["model=resnet18", "norm=lrn", "norm.k=${nope}"],
+        ["device='a\nb'"],
+        ["-m", "batch_size=range(1,1000000000)"],
+        ["norm._target_=tests.hostile.leave"],
+        [f"epochs=1{'0' * 5000}"],
+    ],
+    ids=lambda arguments: arguments[-1][:40],
+)
+def test_the_real_command_does_as_the_forks_do(cli, tmp_path, arguments):
+    done = cli(*arguments, check=2)
+    assert_refused(done.stderr, done.stdout, list(tmp_path.iterdir()), several=False)
