@@ -264,7 +264,7 @@ def test_help_is_something_a_newcomer_can_act_on(cli):
     for words in (
         "python -m gnbench experiment=quickstart",
         "python -m gnbench -m norm=bn,gn batch_size=2,4,8,16,32,64",
-        "norm: bn, gn, in, ln, lrn, none",
+        "norm: bn, gn, in, ln, lrn, none, syncbn",
         "outputs/<study>/<run id>/",
     ):
         assert words in text
@@ -277,7 +277,7 @@ def test_tab_completion_offers_options_and_keys(cli):
         return cli("-sc", "query=bash", env=env, check=0).stdout.split()
 
     assert set(complete("gnbench norm=")) == {
-        f"norm={n}" for n in ("bn", "gn", "in", "ln", "lrn", "none")
+        f"norm={n}" for n in ("bn", "gn", "in", "ln", "lrn", "none", "syncbn")
     }
     assert complete("gnbench batch_s") == ["batch_size="]
     assert complete("gnbench optimizer.weight") == ["optimizer.weight_decay="]
