@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import itertools
 import logging
 import os
@@ -20,8 +19,8 @@ from gnbench.config import ConfigError
 
 log = logging.getLogger(__name__)
 
-# What allocators say that do not raise torch.OutOfMemoryError: the CPU's, cuBLAS's and cuDNN's.
-ALLOCATION_FAILURES = ("can't allocate memory", "_STATUS_ALLOC_FAILED")
+# What those say that do not raise torch.OutOfMemoryError: the CPU, CUDA itself, cuBLAS and cuDNN.
+ALLOCATION_FAILURES = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
 
 
 def choose_device(name: str) -> torch.device:
@@ -73,7 +72,7 @@ def _seat(gpus: int) -> tuple[FileLock, int]:
     names = masked if len(masked) == gpus else range(gpus)
     for row in itertools.count():
         for index, gpu in enumerate(names):
-            name = f"gnbench-{getpass.getuser()}-gpu{gpu}-{row}.lock"
+            name = f"gnbench-{os.getuid()}-gpu{gpu}-{row}.lock"
             lock = FileLock(Path(tempfile.gettempdir(), name))
             try:
                 lock.acquire(timeout=0)

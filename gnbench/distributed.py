@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # who this process is must be known without torch, too
@@ -141,6 +142,8 @@ def crew(device: torch.device) -> Crew:
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # They wait for rank 0 while it waits for a run's lock, or for the data.
+        patience = timedelta(days=7)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
         atexit.register(dist.destroy_process_group)
     return Crew(rank(), world_size())

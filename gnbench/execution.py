@@ -78,7 +78,9 @@ def _finished(config: DictConfig, place: runs.Run) -> dict[str, Any] | None:
     try:
         record = place.record()
         found = None if record is None else run_id(record["config"])
-    except (runs.DamagedError, LookupError, TypeError, AttributeError) as error:
+        if record is not None and record["status"] in runs.FINISHED:
+            float(record["result"]["test_error"])
+    except (runs.DamagedError, LookupError, TypeError, ValueError, AttributeError) as error:
         place.set_aside(place.record_path, str(error))
         return None
     if record is None:
@@ -249,6 +251,8 @@ def _restored(
         try:
             training.load_state_dict(dict(state))
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if devices.is_out_of_memory(error):
+                raise
             log.debug("%s", error)
             return None
     return training
@@ -351,16 +355,16 @@ def _announce(config: DictConfig, training: Training) -> None:
         run_id(config),
         f"{parameters:,}",
         f"{training.total_steps:,}",
-        config.batch_size,
+        training.batch_size,
         f"{training.total_steps / training.steps_per_epoch:.4g}",
         training.engine.name,
         devices.describe_device(training.engine.device),
     )
-    remainder = len(training.train) % config.batch_size
+    remainder = len(training.train) % training.batch_size
     if must_drop_last(config):
         log.info(
-            "the last batch of an epoch (%d images) is dropped: it would leave %s one value "
-            "per channel",
+            "the last batch of an epoch (%d images) is dropped: it would leave a process no image, "
+            "or %s one value per channel",
             remainder,
             config.norm.name,
         )

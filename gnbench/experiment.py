@@ -226,6 +226,8 @@ def check_run(config: DictConfig) -> None:
     check(config)
     for key in ("model", "norm", "dataset", "optimizer", "schedule"):
         _check_types(key, config[key])
+    if distributed.world_size() > 1 and "RANK" not in os.environ:
+        raise ConfigError("WORLD_SIZE is set without RANK: start with torchrun, or unset it")
     if config.processes != distributed.world_size():
         raise ConfigError(
             f"processes={config.processes}: this is one of {distributed.world_size()}; start "

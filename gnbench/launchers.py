@@ -21,7 +21,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
-from gnbench import runs, sweep
+from gnbench import distributed, runs, sweep
 from gnbench.config import ConfigError, run_id
 
 log = logging.getLogger(__name__)
@@ -45,12 +45,14 @@ def prepare(target: str) -> None:
     """Have a launcher survive what its workers meet.
 
     Raises:
-        ConfigError: if its plugin is not installed.
+        ConfigError: if its plugin is not installed, or under torchrun, whose processes are one run.
     """
     module, _, name = target.rpartition(".")
     extra = next((e for package, e in EXTRAS.items() if module.startswith(package)), None)
     if extra is None:
         return
+    if distributed.world_size() > 1:
+        raise ConfigError(f"hydra/launcher: {extra} and torchrun do not go together; choose one")
     try:
         launcher = getattr(importlib.import_module(module), name)
     except ImportError as error:
@@ -76,7 +78,8 @@ def heeding_signals() -> Iterator[None]:
     """On SIGINT and SIGTERM have the workers save and end before the command does."""
     global _in_command
     _in_command = True
-    before = {number: signal.signal(number, _stop) for number in STOPPING}
+    heeded = [n for n in STOPPING if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, _stop) for number in heeded}
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -114,10 +117,11 @@ def _at_work() -> set[tuple[int, str]]:
         below |= more
     found = set()
     for pid in below - {os.getpid()}:
-        for link in Path("/proc").glob(f"{pid}/fd/*"):
-            with suppress(OSError):
-                if (file := str(link.readlink())) in locks:
-                    found.add((pid, file))
+        with suppress(OSError):  # it has just ended
+            for link in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(OSError):  # this file has just been closed
+                    if (file := str(link.readlink())) in locks:
+                        found.add((pid, file))
     return found
 
 
@@ -166,7 +170,7 @@ def _surviving(launch: Launch) -> Launch:
 
 
 def _interruptible(launch: Launch) -> Launch:
-    """Start Ray beforehand, since it takes SIGTERM for itself, and take the signal back."""
+    """Take SIGTERM back, which Ray takes for itself; wait for all cells though one be lost."""
 
     @functools.wraps(launch)
     def launch_all(
@@ -176,7 +180,21 @@ def _interruptible(launch: Launch) -> Launch:
         importlib.import_module(f"{package}._launcher_util").start_ray(launcher.ray_cfg.init)
         for number in STOPPING:
             signal.signal(number, _stop)
-        return launch(launcher, job_overrides, initial_job_idx)
+        ray: Any = importlib.import_module("ray")
+
+        def get_or_nan(reference: Any) -> JobReturn:
+            try:
+                result: JobReturn = get(reference)
+                return result
+            except ray.exceptions.RayError as error:
+                log.error("a run is lost (%s); the same command resumes it", type(error).__name__)
+                return _return(None)
+
+        get, ray.get = ray.get, get_or_nan
+        try:
+            return launch(launcher, job_overrides, initial_job_idx)
+        finally:
+            ray.get = get
 
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
     return launch_all

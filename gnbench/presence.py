@@ -125,7 +125,8 @@ def read_sign(directory: Path) -> Sign | None:
     """Return the last sign of life of a run's holder, or None if it has none (any more)."""
     try:
         entries: dict[str, Any] = json.loads((directory / SIGN).read_bytes())
-        return Sign(**entries)
+        sign = Sign(**entries)
+        return sign if isinstance(sign.pid, int) and isinstance(sign.beat, int | float) else None
     except (OSError, ValueError, TypeError):
         return None
 
@@ -164,6 +165,8 @@ def _machine() -> str:
 
 
 def _exists(pid: int) -> bool:
+    if os.name == "nt":  # where a signal of 0 is Ctrl-C
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -134,7 +134,8 @@ class Run:
 
     def clear(self) -> None:
         """Remove what an earlier training left, except the log."""
-        for path in (self.checkpoint_path, self.model_path, self.metrics_path, self.record_path):
+        # The record before what it vouches for: killed in between, the run is trained again.
+        for path in (self.checkpoint_path, self.record_path, self.metrics_path, self.model_path):
             with explained(path):
                 path.unlink(missing_ok=True)
 
@@ -156,6 +157,8 @@ class Run:
             state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             return None
+        except (OSError, MemoryError):  # says nothing of the file
+            raise
         except Exception as error:  # torch raises many kinds for a damaged file
             raise DamagedError(
                 f"{self.checkpoint_path} is not a whole checkpoint ({type(error).__name__})"
@@ -210,16 +213,17 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, float]]:
-    """Yield the whole rows of a ``metrics.csv``; none if there is no file."""
+    """Yield the whole rows of a ``metrics.csv`` up to the first that is none, if there are any."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return
     whole = text[: text.rfind("\n") + 1].splitlines()
     for values in csv.reader(whole[1:]):
-        if len(values) == len(METRICS):
-            row = dict(zip(METRICS, map(float, values), strict=True))
-            yield row
+        try:
+            yield dict(zip(METRICS, map(float, values), strict=True))
+        except ValueError:
+            return
 
 
 def now() -> str:

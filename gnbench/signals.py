@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from types import FrameType
 
 REQUEUE = getattr(signal, "SIGUSR2", None)  # Windows has none
-ECHO = 0.5  # seconds; a job that Slurm preempts may get SIGTERM twice within milliseconds
+ECHO = (
+    2.0  # seconds; a signal to a group reaches a worker, and is passed on to it; Slurm repeats it
+)
 
 
 class Interrupted(KeyboardInterrupt):

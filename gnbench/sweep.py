@@ -44,7 +44,8 @@ class CheckBeforeStart(Callback):
 
         def check() -> None:
             _check([config])
-            runs.make_folder(Path(config.hydra.run.dir))
+            if distributed.rank() == 0:
+                runs.make_folder(Path(config.hydra.run.dir))
 
         _or_exit(check)
 

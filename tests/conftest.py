@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from gnbench.experiment import compose
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
+# Started in the background, the tests would ignore Ctrl-C, and what they start as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the networks of the tests are too small to share
 
 

@@ -19,14 +19,14 @@ def together(function, size, *arguments):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    answers = faults.FORKS.SimpleQueue()
+    answers = faults.FORKS.Queue()
     crew = [
         faults.FORKS.Process(target=_member, args=(answers, function, rank, size, port, arguments))
         for rank in range(size)
     ]
     for member in crew:
         member.start()
-    found = dict(answers.get() for _ in crew)
+    found = dict(answers.get(timeout=120) for _ in crew)
     for member in crew:
         member.join(60)
         assert member.exitcode == 0, found

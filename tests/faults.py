@@ -6,6 +6,7 @@ The processes are forked from one that has imported torch: hundreds of them take
 import errno
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import signal
@@ -25,6 +26,7 @@ compose(*tiny.OVERRIDES, "norm=bn")  # has torch import what the forks would eac
 
 # How often the random faults are caused; the figures of docs/reliability.md are those of 10.
 REPEAT = int(os.environ.get("GNBENCH_FAULTS", "1"))
+LOCK = threading.Lock()  # every start asks after all children, and only one may ask after each
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.faults"])
 # Python 3.11 does not tell its fork server where to import that from.
@@ -112,16 +114,24 @@ def start(arguments, folder, fault=None, at=0, memory=None, output=None):
     process = FORKS.Process(
         target=_gnbench, args=(list(arguments), str(folder), fault, at, memory, str(output))
     )
-    process.start()
+    with LOCK:
+        process.start()
     return process
+
+
+def end(process, seconds=300):
+    """Wait for the end of a process; return its exit code, None if it still runs."""
+    multiprocessing.connection.wait([process.sentinel], seconds)
+    with LOCK:
+        process.join(0)
+        return process.exitcode
 
 
 def command(*arguments, **options):
     """Run a command to its end; return its exit code, that of a signal as -number."""
-    process = start(*arguments, **options)
-    process.join(300)
-    assert process.exitcode is not None, "it hangs"
-    return process.exitcode
+    code = end(start(*arguments, **options))
+    assert code is not None, "it hangs"
+    return code
 
 
 def fetch(root, arrays, checksums, at):

@@ -20,7 +20,7 @@ import gnbench.status  # noqa: F401  (the forks need these)
 from gnbench import execution
 from gnbench.config import run_id
 from gnbench.experiment import base_lr, build_schedule, check_run, must_drop_last, training_length
-from tests.faults import FORKS
+from tests.faults import FORKS, LOCK, end
 
 FORKS.set_forkserver_preload(["tests.faults", "tests.hostile"])  # if it does not run already
 MEMORY = 4 * 1024**3
@@ -114,10 +114,10 @@ def command(module, arguments, folder, allowed=()):
     process = FORKS.Process(
         target=_command, args=(module, list(arguments), str(folder), list(allowed))
     )
-    process.start()
-    process.join(SECONDS)
-    if process.exitcode is None:
+    with LOCK:
+        process.start()
+    code = end(process, SECONDS)
+    if code is None:
         process.kill()
-        process.join()
-        return None
-    return process.exitcode
+        end(process)
+    return code

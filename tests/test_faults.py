@@ -54,6 +54,13 @@ def changes(tmp_path_factory):
     return int((folder / "output").read_text().split("changes")[-1])
 
 
+def until(happened, seconds=120):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
 def side_by_side(case, numbers):
     """Try a case for each of ``numbers``, two at a time."""
     with ThreadPoolExecutor(2) as pool:
@@ -88,10 +95,9 @@ def test_sigkill_again_and_again_at_random_moments(tmp_path, undisturbed):
         kills = 0
         for pause in pauses:
             process = faults.start(RUN, folder)
-            process.join(pause)
-            if process.exitcode is None:
+            if faults.end(process, pause) is None:
                 process.kill()
-                process.join()
+                faults.end(process)
                 kills += 1
         assert faults.command(RUN, folder) == 0, (folder / "output").read_text()
         assert outcome(folder) == undisturbed
@@ -279,10 +285,9 @@ def test_twenty_processes_on_one_grid_train_each_cell_once(tmp_path):
 
 
 def test_a_second_process_says_who_trains_the_run_and_leaves_or_waits(tmp_path):
-    run = (*tiny.OVERRIDES, "norm=gn", "epochs=300", "dataset.augmentation=none")
+    run = (*tiny.OVERRIDES, "norm=gn", "epochs=1000", "dataset.augmentation=none")
     first = faults.start(run, tmp_path, output=tmp_path / "first")
-    while not list(tmp_path.rglob("metrics.csv")):
-        time.sleep(0.01)
+    until(lambda: list(tmp_path.rglob("metrics.csv")))
     assert faults.command(run, tmp_path, output=tmp_path / "second") == 3
     [line] = (tmp_path / "second").read_text().splitlines()
     assert f"is being trained by process {first.pid} on " in line
@@ -293,11 +298,10 @@ def test_a_second_process_says_who_trains_the_run_and_leaves_or_waits(tmp_path):
     assert "running" in (tmp_path / "third").read_text()
     (tmp_path / "fourth").touch()
     fourth = faults.start((*run, "wait=true"), tmp_path, output=tmp_path / "fourth")
-    while "waiting for it" not in (tmp_path / "fourth").read_text():
-        time.sleep(0.01)
+    until(lambda: "waiting for it" in (tmp_path / "fourth").read_text())
     first.kill()
     fourth.join(120)
     assert fourth.exitcode == 0
-    assert "epoch 300/300" in (tmp_path / "fourth").read_text()
+    assert "epoch 1000/1000" in (tmp_path / "fourth").read_text()
     [metrics] = tmp_path.rglob("metrics.csv")
-    assert len(measured(metrics)) == 301
+    assert len(measured(metrics)) == 1001

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -46,13 +47,13 @@ class Sweep:
     def workers(self):
         """Return the process at work on each cell: the one that holds its lock."""
         found = {}
-        for link in Path("/proc").glob("[0-9]*/fd/*"):
-            try:
-                file = link.readlink()
-            except OSError:  # it has just been closed
-                continue
-            if file.name == ".lock" and file.is_relative_to(self.folder.resolve()):
-                found[file.parent] = int(link.parts[2])
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has just ended
+                for link in (process / "fd").iterdir():
+                    with suppress(OSError):  # this file has just been closed
+                        file = link.readlink()
+                        if file.name == ".lock" and file.is_relative_to(self.folder.resolve()):
+                            found[file.parent] = int(process.name)
         return found
 
     def wait_for_workers(self, count, file):
@@ -165,33 +166,42 @@ def test_joblib_launches_again_what_a_killed_worker_took_with_it(tmp_path, whole
     assert metrics(tmp_path) == whole
 
 
-def test_joblib_loses_only_the_cell_that_kills_its_workers(tmp_path):
+@pytest.mark.parametrize("launcher", PLUGINS)
+def test_only_the_cell_that_kills_its_workers_is_lost(tmp_path, launcher):
     (tmp_path / "deadly.py").write_text(
         "import os, signal\nfrom tests import tiny\n"
         "def good(root=None): return tiny.dataset()\n"
         "def bad(root=None): os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     sweep = Sweep(
-        *(tmp_path, "joblib", "dataset._target_=deadly.bad,deadly.good,tests.tiny.dataset"),
-        "hydra.launcher.n_jobs=2",
+        *(tmp_path, launcher, "dataset._target_=deadly.bad,deadly.good,tests.tiny.dataset"),
+        TWO[launcher],
         env={"PYTHONPATH": f"{ROOT}:{tmp_path}"},
     )
-    out, _ = sweep.end(1)
-    assert table(out) == ["failed", "completed", "completed"]
-    assert out.count("its worker was killed 3 times") == 1
+    out, err = sweep.end(1)
+    state = {"joblib": "failed", "ray": "stale"}[launcher]
+    assert table(out) == [state, "completed", "completed"]
+    said = {"joblib": "its worker was killed 3 times", "ray": "a run is lost (WorkerCrashed"}
+    assert (out + err).count(said[launcher]) == 1
 
 
-@pytest.mark.parametrize("launcher", PLUGINS)
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
+    ("launcher", "number", "code", "to_all"),
+    [
+        ("joblib", signal.SIGINT, 130, True),
+        ("joblib", signal.SIGTERM, 143, False),
+        ("joblib", signal.SIGTERM, 143, True),
+        ("ray", signal.SIGINT, 130, True),
+        ("ray", signal.SIGTERM, 143, False),
+    ],
 )
 def test_an_interrupted_command_has_its_workers_save_and_end(
-    cli, tmp_path, whole, launcher, number, code
+    cli, tmp_path, whole, launcher, number, code, to_all
 ):
-    """A terminal sends Ctrl-C to all processes, a scheduler SIGTERM to the command alone."""
+    """A terminal sends Ctrl-C to all processes, a scheduler SIGTERM to one or to all."""
     sweep = Sweep(tmp_path, launcher, *LONG, TWO[launcher])
     busy = sweep.wait_for_workers(2, "metrics.csv")
-    if number == signal.SIGINT:
+    if to_all:
         os.killpg(sweep.process.pid, number)
     else:
         sweep.process.send_signal(number)

@@ -183,7 +183,9 @@ def test_status_of_a_sweep_under_way(tmp_path, cli):
     """Seen from another process, then after a SIGKILL, then at the end."""
     sweep = ("-m", *tiny.OVERRIDES, "norm=bn,gn", "epochs=400", "dataset.augmentation=none")
     process = faults.start(sweep, tmp_path)
+    end = time.monotonic() + 120
     while not list(tmp_path.rglob("metrics.csv")):
+        assert time.monotonic() < end
         time.sleep(0.01)
     done = cli(module="gnbench.status", check=3)
     assert f"process {process.pid} on {socket.gethostname()}" in done.stdout
