@@ -99,6 +99,7 @@ def test_the_number_of_processes_is_part_of_what_a_run_is(monkeypatch):
     alone = run_id(compose("norm=gn", "batch_size=2"))
     with pytest.raises(ConfigError, match="processes=2: this is one of 1; start torchrun"):
         compose("norm=gn", "batch_size=2", "processes=2")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     both = compose("norm=gn", "batch_size=2")
     assert both.processes == 2
