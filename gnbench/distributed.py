@@ -5,12 +5,14 @@ from __future__ import annotations
 import atexit
 import os
 import time
+import uuid
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # who this process is must be known without torch, too
     import torch
     from torch import Tensor
+    from torch.distributed.distributed_c10d import Store
 
 AGREE_SECONDS = 1.0  # between two times that the processes tell each other whether to stop
 AGREE_STEPS = 128  # but never more steps than these
@@ -138,12 +140,44 @@ def crew(device: torch.device) -> Crew:
         return Crew()
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # They wait for rank 0 while it waits for a run's lock, or for the data.
         patience = timedelta(days=7)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        store, _, _ = next(rendezvous("env://", timeout=patience))
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=patience,
+            store=_of_the_living(store),
+            rank=rank(),
+            world_size=world_size(),
+        )
         atexit.register(dist.destroy_process_group)
     return Crew(rank(), world_size())
+
+
+def _of_the_living(store: Store) -> Store:
+    """Return a part of ``store`` that only the processes which are alive now know.
+
+    torchrun keeps the store when it starts processes again, so that one of them can find there the
+    address of one that was killed, and fail to connect to it.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    name = uuid.uuid4().hex
+    if rank():
+        store.set(f"present/{rank()}", name)
+        answer = store.get(f"answer/{name}").decode()  # waits
+        store.set(f"answered/{answer}/{rank()}", "")
+        return PrefixStore(answer, store)
+    awaited = set(range(1, world_size()))
+    while awaited:
+        for other in awaited:
+            if store.check([f"present/{other}"]):
+                store.set(f"answer/{store.get(f'present/{other}').decode()}", name)
+        time.sleep(0.01)
+        awaited = {other for other in awaited if not store.check([f"answered/{name}/{other}"])}
+    return PrefixStore(name, store)

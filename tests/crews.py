@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 
 import torch
 import torch.distributed as dist
@@ -14,14 +15,22 @@ from gnbench.norms import SyncBatchNorm
 from tests import faults, tiny
 
 
-def together(function, size, *arguments):
-    """Call ``function`` in ``size`` processes that know of each other; return what each returns."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def together(function, size, *arguments, store=None):
+    """Call ``function`` in ``size`` processes that know of each other; return what each returns.
+
+    They meet at a ``store`` that outlives them, as torchrun's does, else at one of rank 0's.
+    """
+    if store:
+        port = store.port
+    else:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
     answers = faults.FORKS.Queue()
     crew = [
-        faults.FORKS.Process(target=_member, args=(answers, function, rank, size, port, arguments))
+        faults.FORKS.Process(
+            target=_member, args=(answers, function, rank, size, port, bool(store), arguments)
+        )
         for rank in range(size)
     ]
     for member in crew:
@@ -33,13 +42,14 @@ def together(function, size, *arguments):
     return [found[rank] for rank in range(size)]
 
 
-def _member(answers, function, rank, size, port, arguments):
+def _member(answers, function, rank, size, port, kept, arguments):
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": str(kept),
     }
     try:
         answer = function(rank, size, *arguments)
@@ -108,3 +118,10 @@ def agreements(rank, size, signals):
         if number is not None:
             return step
     return None
+
+
+def late(rank, size, seconds):
+    """Return the sum of the ranks, the last of which comes ``seconds`` late."""
+    if rank == size - 1:
+        time.sleep(seconds)
+    return distributed.crew(torch.device("cpu")).add(torch.tensor(float(rank))).item()

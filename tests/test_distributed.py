@@ -78,6 +78,13 @@ def test_sync_batch_norm_is_batch_norm_of_the_joint_batch(shares, momentum):
         assert difference(total, joint[name]) < 1e-6
 
 
+def test_a_restarted_crew_does_not_look_for_the_dead_at_their_old_addresses():
+    """The store in which torchrun's processes meet keeps what those before a restart wrote."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for seconds in (0, 1):
+        assert crews.together(crews.late, 3, seconds, store=store) == [3.0] * 3
+
+
 def test_a_crew_stops_after_the_same_step_whoever_receives_the_signal():
     stopped = crews.together(crews.agreements, 3, {1: 5})
     assert len(set(stopped)) == 1
