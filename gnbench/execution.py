@@ -234,7 +234,7 @@ def _follow(
     dataset = load_dataset(config)
     training = _restored(config, dataset, device, given)
     training = training or build_training(config, dataset, device)
-    for _ in _stoppable(training, stop, wants_checkpoint=lambda: False, save=lambda _: None):
+    for _ in _stoppable(training, stop, wants_checkpoint=lambda: False, save=training.state_dict):
         pass
     return {"status": "completed", "result": None}
 
@@ -262,7 +262,7 @@ def _stoppable(
     training: Training,
     stop: signals.Stop,
     wants_checkpoint: Callable[[], bool],
-    save: Callable[[Mapping[str, Any]], None],
+    save: Callable[[], object],
 ) -> Iterator[Row | None]:
     """Run the training step by step; save when it is time, and before a signal ends it."""
     stop.gentle = True
@@ -270,7 +270,7 @@ def _stoppable(
         yield row
         number, due = training.engine.crew.agree(stop.number, wants_checkpoint())
         if due or number is not None:
-            save(training.state_dict())
+            save()
         if number is not None:
             raise Interrupted(number)
 
@@ -292,7 +292,7 @@ def _train(
         pause = max(config.checkpoint_seconds, cost / CHECKPOINT_SHARE)
         return bool(time.monotonic() - saved > pause)
 
-    def save(state: Mapping[str, Any]) -> None:
+    def save() -> None:
         nonlocal saved, cost
         began = time.monotonic()
         place.save_checkpoint(
@@ -302,7 +302,7 @@ def _train(
                 "versions": runs.versions(),
                 "seconds": elapsed(),
                 "rows": rows,
-                **state,
+                **training.state_dict(),
             }
         )
         saved = time.monotonic()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +202,7 @@ def write_plan(study: Path, cells: Sequence[Cell]) -> None:
     ]
     text = json.dumps(entries, indent=1) + "\n"
     path = study / f"{PLAN_PREFIX}{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
-    partial = study / f".{path.name}.{os.getpid()}"  # several processes may write the same plan
+    partial = study / f".{path.name}.{uuid.uuid4().hex}"  # several may write the same plan
     with runs.explained(path):
         study.mkdir(parents=True, exist_ok=True)
         partial.write_text(text)

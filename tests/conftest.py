@@ -16,6 +16,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the networks of the tests are too small to share
 
 
+def environment(**more):
+    """Return the environment of a command; None as a value removes one."""
+    found = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def started(folder, *command, env=None, **options):
+    """Start ``python -m <command>`` in ``folder`` and go on."""
+    given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen(
+        [sys.executable, "-m", *command], cwd=folder, env=environment(**(env or {})), **given
+    )
+
+
 def measured(metrics):
     """Return the rows of a metrics.csv without their times."""
     return [line.split(",")[:9] for line in metrics.read_text().splitlines()]
@@ -36,12 +50,11 @@ def cli(tmp_path):
     """Run ``python -m <module> …`` in an empty folder, as a user would."""
 
     def call(*arguments, module="gnbench", env=None, cwd=tmp_path, check=None):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        environment.pop("HYDRA_FULL_ERROR", None)  # a command run in this process may have set it
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments],
             cwd=cwd,
-            env={**environment, **(env or {})},
+            # A command run in this process may have set HYDRA_FULL_ERROR.
+            env=environment(HYDRA_FULL_ERROR=None, **(env or {})),
             capture_output=True,
             text=True,
             timeout=300,

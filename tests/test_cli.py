@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.conftest import ROOT, measured
+from tests.conftest import ROOT, measured, started
 
 HEAVY = ("torch", "torchvision", "pandas", "matplotlib")
 
@@ -183,14 +183,7 @@ def test_a_sweep_that_cannot_be_run_again_says_so_and_fails(cli, tmp_path):
 )
 def test_an_interrupted_sweep_resumes_and_ends_as_if_it_never_was(cli, tmp_path, number, code):
     sweep = ("-m", *tiny.OVERRIDES, "norm=bn,gn", "epochs=60", "dataset.augmentation=none")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gnbench", *sweep],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = started(tmp_path, "gnbench", *sweep)
     until = time.monotonic() + 120
     while not list(tmp_path.rglob("metrics.csv")) and time.monotonic() < until:
         time.sleep(0.02)

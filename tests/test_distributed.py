@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -15,7 +14,7 @@ from gnbench.config import ConfigError, run_id
 from gnbench.distributed import Crew
 from gnbench.experiment import compose
 from tests import crews, tiny
-from tests.conftest import ROOT, measured
+from tests.conftest import measured, started
 
 JOINT_NORMS = ("syncbn", "gn", "ln", "in", "lrn", "none")
 RUN = (*tiny.OVERRIDES, "batch_size=4", "dataset.augmentation=none", "checkpoint_seconds=0")
@@ -117,18 +116,9 @@ def test_the_number_of_processes_is_part_of_what_a_run_is(monkeypatch):
     assert run_id(compose("norm=gn", "batch_size=2")) == alone
 
 
-def torchrun(folder, *arguments, options=(), **popen):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    return subprocess.Popen(
-        [*launcher, *options, "-m", "gnbench", *arguments],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **popen,
-    )
+def torchrun(folder, *arguments, options=()):
+    launcher = ("torch.distributed.run", "--nproc-per-node=2", "--standalone", *options)
+    return started(folder, *launcher, "-m", "gnbench", *arguments, stderr=subprocess.STDOUT)
 
 
 def finished(process):

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import random
 import shutil
 import signal
@@ -18,7 +17,7 @@ import torch
 from gnbench import datasets
 from gnbench.datasets import cache
 from tests import faults, tiny
-from tests.conftest import ROOT, measured
+from tests.conftest import environment, measured
 
 RUN = (*tiny.OVERRIDES, "norm=bn", "batch_size=24", "model.dropout=0.1", "checkpoint_seconds=0")
 FILES = {"run.json", "metrics.csv", "model.pt", "gnbench.log", ".lock"}
@@ -219,11 +218,10 @@ def mounted(script, folder, *arguments):
         )
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no mount namespaces on this machine ({error})")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*UNSHARED, script, sys.executable, *arguments],
         cwd=folder,
-        env=environment,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.conftest import ROOT, measured
+from tests.conftest import ROOT, environment, measured, started
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
 LONG = ("norm=bn,gn,ln", "epochs=60", "dataset.augmentation=none")
@@ -29,20 +29,9 @@ class Sweep:
 
     def __init__(self, folder, launcher, *arguments, env=None):
         pytest.importorskip(PLUGINS[launcher])
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
         self.folder = folder
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "gnbench", "-m", *tiny.OVERRIDES),
-                *(f"hydra/launcher={launcher}", *arguments),
-            ],
-            cwd=folder,
-            env={k: v for k, v in environment.items() if v is not None},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        command = ("gnbench", "-m", *tiny.OVERRIDES, f"hydra/launcher={launcher}", *arguments)
+        self.process = started(folder, *command, env=env, start_new_session=True)
 
     def workers(self):
         """Return the process at work on each cell: the one that holds its lock."""
@@ -92,9 +81,9 @@ class Sweep:
 
 
 def table(out):
-    """Return the statuses in the table at the end."""
+    """Return the statuses in the table at the end; Ray's own log may go on behind it."""
     lines = out[out.index("status  ") :].splitlines()[1:]
-    return [line.split()[0] for line in lines if not line.startswith(" ")]
+    return [line.split()[0] for line in lines if line[:1].isalpha()]
 
 
 def records(folder):
@@ -108,7 +97,7 @@ def whole(tmp_path_factory):
     subprocess.run(
         [sys.executable, "-m", "gnbench", "-m", *tiny.OVERRIDES, *LONG],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=environment(),
         check=True,
         capture_output=True,
     )

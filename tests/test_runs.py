@@ -64,6 +64,23 @@ def test_a_complete_run_is_not_trained_again_unless_asked(tiny_config, caplog):
     assert measured(place(config).metrics_path) == [r.split(",")[:9] for r in metrics.splitlines()]
 
 
+def interrupt(config, monkeypatch, step, *signals):
+    """Begin the run and send it ``signals`` after ``step``; return what it raised."""
+    take = execution.EagerEngine.train_step
+
+    def signalled(engine, data, plan, start, stop, at):
+        take(engine, data, plan, start, stop, at)
+        if at == step:
+            for number in signals:
+                os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execution.EagerEngine, "train_step", signalled)
+        with pytest.raises(Interrupted) as caught:
+            run(config)
+    return caught.value
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on(
     tiny_config, number, tmp_path, monkeypatch
@@ -72,19 +89,8 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on(
     expected = run(tiny_config("epochs=3", f"outputs={tmp_path}/whole"))
     whole = measured(Run(f"{tmp_path}/whole/default/{run_id(config)}").metrics_path)
 
-    take = execution.EagerEngine.train_step
-
-    def signalled(engine, data, plan, start, stop, step):
-        take(engine, data, plan, start, stop, step)
-        if step == 8:
-            os.kill(os.getpid(), number)
-            os.kill(os.getpid(), number)  # as Slurm does where there is no grace time
-
-    with monkeypatch.context() as patch:
-        patch.setattr(execution.EagerEngine, "train_step", signalled)
-        with pytest.raises(Interrupted) as caught:
-            run(config)
-    assert caught.value.exit_code == 128 + number
+    caught = interrupt(config, monkeypatch, 8, number, number)  # as Slurm does without grace time
+    assert caught.exit_code == 128 + number
     assert place(config).record()["status"] == "interrupted"
     assert torch.load(place(config).checkpoint_path, weights_only=True)["position"]["step"] == 9
     assert signal.getsignal(number) != signal.SIG_IGN
@@ -97,17 +103,8 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on(
 def test_rerun_of_an_interrupted_run_resumes_it_too(tiny_config, monkeypatch):
     config = tiny_config("epochs=3", "rerun=true")
     run(config)
+    interrupt(config, monkeypatch, 8, signal.SIGINT)
     take = execution.EagerEngine.train_step
-
-    def interrupted(engine, data, plan, start, stop, step):
-        take(engine, data, plan, start, stop, step)
-        if step == 8:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(execution.EagerEngine, "train_step", interrupted)
-        with pytest.raises(Interrupted):
-            run(config)
     steps = []
 
     def counted(engine, data, plan, start, stop, step):
@@ -230,17 +227,7 @@ def test_a_row_after_the_last_checkpoint_is_trained_again_not_repeated(tiny_conf
 
 def checkpoint_of(config, monkeypatch):
     """Leave the checkpoint of a run that was interrupted after its seventh step."""
-    take = execution.EagerEngine.train_step
-
-    def interrupted(engine, data, plan, start, stop, step):
-        take(engine, data, plan, start, stop, step)
-        if step == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(execution.EagerEngine, "train_step", interrupted)
-        with pytest.raises(Interrupted):
-            run(config)
+    interrupt(config, monkeypatch, 6, signal.SIGINT)
     return place(config).checkpoint_path
 
 

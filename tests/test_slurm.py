@@ -14,7 +14,7 @@ import time
 import pytest
 
 from tests import tiny
-from tests.conftest import ROOT, measured
+from tests.conftest import environment, measured, started
 from tests.slurm_cluster import UnavailableError, cluster
 
 LONG = ("-m", *tiny.OVERRIDES, "epochs=100")  # long enough to be caught in the middle
@@ -45,14 +45,7 @@ def start(tmp_path):
     with contextlib.ExitStack() as stack:
 
         def call(*arguments):
-            process = subprocess.Popen(
-                [sys.executable, "-m", "gnbench", *arguments],
-                cwd=tmp_path,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            process = started(tmp_path, "gnbench", *arguments)
             stack.callback(process.wait)
             stack.callback(process.kill)
             return process
@@ -66,7 +59,7 @@ def whole(tmp_path_factory):
     outputs = tmp_path_factory.mktemp("whole")
     subprocess.run(
         [sys.executable, "-m", "gnbench", *LONG, f"outputs={outputs}"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=environment(),
         check=True,
         capture_output=True,
     )
