@@ -47,6 +47,7 @@ def run(config: DictConfig, directory: str | Path | None = None) -> dict[str, An
         WriteError: if the directory cannot be written.
         Interrupted: after SIGINT or SIGTERM, with a checkpoint saved.
     """
+    devices.flush_denormals()  # before torch starts threads
     check_run(config)
     if directory is None:
         directory = Path(config.outputs) / config.study / run_id(config)

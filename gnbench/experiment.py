@@ -23,7 +23,7 @@ from gnbench import distributed
 from gnbench.batches import ResidentData
 from gnbench.config import ConfigError, check, conf_dir, is_number, one_line
 from gnbench.datasets import Dataset, balanced_subset
-from gnbench.devices import choose_device
+from gnbench.devices import choose_device, flush_denormals
 from gnbench.engine import EagerEngine
 from gnbench.training import Training, steps_per_epoch
 
@@ -129,14 +129,16 @@ def build_training(
 ) -> Training:
     """Seed, build and place everything that ``config`` names, ready for `Training.run`.
 
-    ``device`` is that of ``config`` unless given. Seeds torch's global generator; on a GPU also
-    makes torch deterministic for this process. Under torchrun, meets the other processes.
+    ``device`` is that of ``config`` unless given. Seeds torch's global generator and has denormal
+    numbers flushed to zero; on a GPU also makes torch deterministic for this process. Under
+    torchrun, meets the other processes.
 
     Raises:
         ConfigError: as `check_run`.
     """
     device = device or choose_device(config.device)
     crew = distributed.crew(device)
+    flush_denormals()
     if device.type == "cuda":
         # The same seed gives the same bits: no TF32, deterministic kernels. Where torch has none it
         # warns; no layer of conf/ is known to need one.

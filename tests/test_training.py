@@ -28,6 +28,26 @@ def assert_same_state(one, other):
         assert torch.equal(a, b), name
 
 
+def denormals(training):
+    """Count the numbers below float32's smallest normal one in the state of the optimizer."""
+    least = torch.finfo(torch.float32).tiny
+    states = training.engine.optimizer.state.values()
+    moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+    return sum(int(((m != 0) & (m.abs() < least)).sum()) for m in moments)
+
+
+def test_flushing_denormal_numbers_changes_no_weight(tiny_config):
+    config = tiny_config("norm=gn", "epochs=180")  # moments fade for some 850 steps
+    flushed = start(config)
+    rows(flushed)
+    plain = start(config)
+    assert torch.set_flush_denormal(False)
+    rows(plain)
+    assert denormals(plain) > 1000
+    assert denormals(flushed) == 0
+    assert_same_state(flushed, plain)
+
+
 def test_the_step_is_the_plain_pytorch_step(tiny_config):
     """Against the loop anybody would write: torch's own unfused optimizer and scheduler.
 
