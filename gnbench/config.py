@@ -141,6 +141,23 @@ class StatusConfig:
     study: str | None = MISSING
 
 
+@dataclass
+class BenchConfig:
+    """The types of ``conf/bench.yaml``; the values stand there."""
+
+    datasets: list[str] = MISSING
+    models: list[str] = MISSING
+    norms: list[str] = MISSING
+    batch_sizes: list[int] = MISSING
+    precisions: list[str] = MISSING
+    runs: list[int] = MISSING
+    device: str = MISSING
+    warmup_steps: int = MISSING
+    rounds: int = MISSING
+    seconds: float = MISSING
+    outputs: str = MISSING
+
+
 def conf_dir() -> Path:
     """Return the folder of the YAML files: in the package in a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parent
@@ -349,4 +366,5 @@ warnings.filterwarnings("ignore", r"\n'hydra/launcher/\w+' is validated against 
 ConfigStore.instance().store(name="schema", node=Config)
 ConfigStore.instance().store(name="aggregate_schema", node=AggregateConfig)
 ConfigStore.instance().store(name="status_schema", node=StatusConfig)
+ConfigStore.instance().store(name="bench_schema", node=BenchConfig)
 OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(_root_), replace=True)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -40,11 +41,15 @@ def compose(*overrides: str) -> DictConfig:
     Raises:
         ConfigError: for a key or value that does not exist or cannot work.
     """
+    surrounding = GlobalHydra.instance()
+    application, surrounding.hydra = surrounding.hydra, None  # of the caller, if it has one
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             config = hydra_compose("config", overrides=list(overrides))
     except Exception as error:
         raise ConfigError(one_line(error)) from error
+    finally:
+        surrounding.hydra = application
     check_run(config)
     return config
 

@@ -26,6 +26,8 @@ STYLES = {
 }
 MORE_STYLES = (("#56B4E9", "P"), ("#8C564B", "*"), ("#7F7F7F", "h"))  # for norms of a user's own
 LINES = ("-", "--", "-.", ":")
+ENGINE_HUES = ("#0072B2", "#D62728")  # one run, several at once
+MARKERS = ("o", "s", "^", "D", "v", "P", "*", "X")
 BASELINE = "#666666"
 BEYOND_ONE_SEED = 0.18  # opacity of an interval band
 
@@ -144,6 +146,46 @@ def draw_curves(metrics: pd.DataFrame, settings: Sequence[str], order: str) -> F
         loc="outside upper center",
         ncols=min(6, len(handles)),
     )
+    return figure
+
+
+def draw_speed(rows: pd.DataFrame, device: str) -> Figure:
+    """Draw how many times as fast as the plain loop each contender is, against batch size.
+
+    ``rows`` are those of ``bench.csv``; a panel a dataset, model and norm. Dotted: the hardware's
+    limit for the first precision.
+    """
+    panels = list(rows.groupby(["dataset", "model", "norm"], sort=False))
+    figure, axes = _grid(len(panels), width=4.8, height=4.0)
+    for axis, (name, panel) in zip(axes, panels, strict=True):
+        lines = panel.groupby(["engine", "precision", "runs"], sort=False)
+        for index, (_, line) in enumerate(lines):
+            engine, precision, runs = line.iloc[0][["engine", "precision", "runs"]]
+            hue = "#000000" if engine == "plain" else ENGINE_HUES[int(runs > 1)]
+            together = f", {runs} at once" if runs > 1 else ""
+            axis.plot(
+                line["batch_size"],
+                line["speedup"],
+                color=hue,
+                marker=MARKERS[index % len(MARKERS)],
+                linestyle=LINES[list(rows["precision"].unique()).index(precision) % len(LINES)],
+                label=f"{engine} {precision}{together}",
+            )
+        first = next(line for _, line in lines)
+        axis.plot(
+            first["batch_size"],
+            first["speedup"] / first["limit_fraction"],
+            ":",
+            color=BASELINE,
+            label=f"the hardware's limit, {first['precision'].iloc[0]}",
+        )
+        _batch_size_axis(axis, set(panel["batch_size"]), "descending")
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+        axis.set_ylabel("speed, the plain loop being 1")
+        axis.set_title(f"{', '.join(map(str, name))}")
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    figure.suptitle(device, fontsize="small")
     return figure
 
 

@@ -54,7 +54,7 @@ def cli(tmp_path):
             [sys.executable, "-m", module, *arguments],
             cwd=cwd,
             # A command run in this process may have set HYDRA_FULL_ERROR.
-            env=environment(HYDRA_FULL_ERROR=None, **(env or {})),
+            env=environment(**{"HYDRA_FULL_ERROR": None, **(env or {})}),
             capture_output=True,
             text=True,
             timeout=300,

@@ -1,0 +1,255 @@
+"""What `gnbench.bench` times, each in a process of its own that takes steps when told to."""
+
+from __future__ import annotations
+
+import signal
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain, repeat
+from multiprocessing import active_children, get_all_start_methods
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+
+from gnbench import devices
+from gnbench.datasets import Dataset
+from gnbench.experiment import OWN_KEYS, build_model, build_training, compose, load_dataset
+
+DATA_WORKERS = 2  # of the plain loop
+PREFETCH = 2  # batches that each of them holds ready
+MATMUL_SIZE = 2048  # rows and columns of the matrices by whose product the hardware is measured
+MATMUL_FLOPS = 2 * MATMUL_SIZE**3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ADAM_MOMENTS = 2  # numbers that Adam keeps for a parameter
+
+
+class PlainLoop:
+    """The loop that a person would write: torchvision's transforms, DataLoader, eager PyTorch."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self.device = devices.choose_device(config.device)
+        torch.manual_seed(config.seed)
+        self.model = build_model(config).to(self.device)
+        settings = {k: v for k, v in config.optimizer.items() if k not in OWN_KEYS}
+        self.optimizer = instantiate(settings, _convert_="all")(self.model.parameters())
+        self.bf16 = config.precision == "bf16"
+        loader = DataLoader(
+            _Pictures(load_dataset(config), config),
+            batch_size=config.batch_size,
+            shuffle=True,
+            num_workers=DATA_WORKERS,
+            prefetch_factor=PREFETCH,
+            persistent_workers=True,
+            # What a program of its own has on Linux; here the default is that of our parent.
+            multiprocessing_context="fork" if "fork" in get_all_start_methods() else None,
+            pin_memory=self.device.type == "cuda",
+        )
+        steps = config.epochs * len(loader)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+        self.batches: Iterator[list[Tensor]] = chain.from_iterable(repeat(loader))
+        self.loss_sum, self.wrong = 0.0, 0
+
+    def take(self, count: int) -> int:
+        """Take ``count`` optimizer steps."""
+        for _ in range(count):
+            images, labels = next(self.batches)
+            images = images.to(self.device, non_blocking=True)
+            labels = labels.to(self.device, non_blocking=True)
+            self.optimizer.zero_grad()
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                logits = self.model(images)
+                loss = F.cross_entropy(logits, labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self.scheduler.step()
+            self.loss_sum += loss.item() * len(labels)
+            self.wrong += (logits.argmax(dim=1) != labels).sum().item()
+        return count
+
+    def load(self, path: Path) -> None:
+        """Continue with the weights and moments of an engine."""
+        saved = torch.load(path, weights_only=True)
+        self.model.load_state_dict(saved["model"])
+        own = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({**own, "state": saved["optimizer"]["state"]})
+
+
+class _Pictures(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """Images and labels as torchvision's own datasets give them: PIL images, then transforms."""
+
+    def __init__(self, dataset: Dataset, config: DictConfig) -> None:
+        images = dataset.train_images.numpy()
+        self.images = images[..., 0] if images.shape[-1] == 1 else images  # PIL's form of gray
+        self.labels = dataset.train_labels.tolist()
+        settings = config.dataset
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(list(settings.mean), list(settings.std)),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+class EngineLoop:
+    """A training of gnbench as a run does it, without its directory."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self.training = build_training(config, load_dataset(config))
+        self._calls = self.training.run()
+
+    def take(self, count: int) -> int:
+        """Take at least ``count`` optimizer steps: an engine may take several at a call."""
+        before = self.training.position.step
+        while self.training.position.step < before + count:
+            next(self._calls)
+        _wait_for(self.training.engine.device)
+        return self.training.position.step - before
+
+    def save(self, path: Path) -> None:
+        """Write the state of the training."""
+        torch.save(self.training.state_dict(), path)
+
+    def load(self, path: Path) -> None:
+        """Continue from what another engine saved."""
+        self.training.load_state_dict(torch.load(path, weights_only=True))
+        self._calls = self.training.run()
+
+
+class Matmul:
+    """Products of square matrices in the precision of ``config``: 2·2048³ FLOPs each."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self.device = devices.choose_device(config.device)
+        shape, dtype = (MATMUL_SIZE, MATMUL_SIZE), DTYPES[config.precision]
+        self.left, self.right, self.product = (
+            torch.randn(shape, device=self.device).to(dtype) for _ in range(3)
+        )
+
+    def take(self, count: int) -> int:
+        """Multiply ``count`` times."""
+        for _ in range(count):
+            torch.mm(self.left, self.right, out=self.product)
+        _wait_for(self.device)
+        return count
+
+
+class Copying:
+    """Copies of as many numbers as the weights and Adam's moments are: what a step must move."""
+
+    def __init__(self, config: DictConfig) -> None:
+        device = devices.choose_device(config.device)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in build_model(config).parameters())
+        self.device = device
+        self.source = torch.ones((1 + ADAM_MOMENTS) * parameters, device=device)
+        self.target = torch.zeros_like(self.source)
+
+    def take(self, count: int) -> int:
+        """Copy ``count`` times."""
+        for _ in range(count):
+            self.target.copy_(self.source)
+        _wait_for(self.device)
+        return count
+
+
+def count_flops(config: DictConfig) -> int:
+    """Count the FLOPs of convolutions and matrix products in a step, forwards and backwards."""
+    with torch.device("meta"):
+        model = build_model(config).train()
+        images = torch.empty(config.batch_size, *config.dataset.image)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(images).sum().backward()
+    return int(counter.get_total_flops())
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a process says once it is ready, or has failed (``error``)."""
+
+    startup_seconds: float = 0.0  # from its start to its first step
+    first_step_seconds: float = 0.0
+    device: str = ""
+    error: str | None = None
+
+
+def serve(
+    connection: Connection,
+    engine: str | None,
+    overrides: tuple[str, ...],
+    threads: int,
+    began: float,
+) -> None:
+    """Build the training of ``engine``, or the plain loop (None), and do as told until hung up on.
+
+    Orders: ``("take", count)`` is answered by the number of steps taken, ``("save", path)`` and
+    ``("load", path)`` by None, ``("memory", None)`` by the peak memory in bytes. The first answer
+    is a `Report`; ``began`` is the time (`time.time`) at which the process was started.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who gives orders
+    try:
+        if engine is not None:
+            overrides = (*overrides, f"engine={engine}")
+            devices.flush_denormals()  # before torch starts threads
+        torch.set_num_threads(threads)
+        config = compose(*overrides)
+        device = devices.choose_device(config.device)
+        devices.reset_peak_memory(device)
+        work: Any = PlainLoop(config) if engine is None else EngineLoop(config)
+        startup, began_step = time.time() - began, time.time()
+        work.take(1)
+        first = time.time() - began_step
+        connection.send(Report(startup, first, devices.describe_device(device)))
+        while True:
+            order, argument = connection.recv()
+            if order == "take":
+                connection.send(work.take(argument))
+            elif order == "memory":
+                connection.send(_peak_memory(device))
+            else:
+                getattr(work, order)(Path(argument))
+                connection.send(None)
+    except EOFError:
+        return
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if not devices.is_out_of_memory(error):
+            traceback.print_exc()
+        connection.send(Report(error=reason))
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Return the peak memory of this process in bytes, with what its data workers hold alone."""
+    peak = devices.peak_memory_bytes(device) or 0
+    if device.type == "cuda":
+        return peak
+    for worker in active_children():
+        with suppress(OSError):
+            lines = Path(f"/proc/{worker.pid}/smaps_rollup").read_text().splitlines()
+            peak += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_"))
+    return peak
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
