@@ -7,17 +7,19 @@ import json
 import multiprocessing
 import os
 import platform
+import random
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import hydra
 import pandas as pd
@@ -29,34 +31,37 @@ from gnbench import cli, runs
 from gnbench.config import CHOICES, ConfigError, check_integer, conf_dir, is_number
 
 if TYPE_CHECKING:  # imports torch: not for --help
+    from collections.abc import Iterator
+
     from gnbench.contenders import Copying, Matmul
 
-PAUSE = 0.05  # seconds between two contenders, for the threads of one to fall asleep
-TRIAL = 3  # steps from which the length of a slice is estimated
 PLAIN = "plain"  # the contender that is no engine of gnbench
+PAUSE = 0.05  # seconds between two contenders, for the threads of one to fall asleep
+SETTLING = 5  # steps before a turn is timed: more than data workers can have made ready
 QUICK = "--config-name=bench_quick"
+COPY = "copy"  # key of the hardware's rate of copies; those of matrix products are the precisions
 
 
 class ContenderError(RuntimeError):
-    """A contender cannot be built or has failed; the message says why."""
+    """A contender cannot be built or has failed; the message names it and says why."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained by every contender."""
+    """What every contender trains."""
 
     dataset: str
     model: str
     norm: str
     batch_size: int
 
+    def __str__(self) -> str:
+        return f"{self.dataset}, {self.model} {self.norm}, batch size {self.batch_size}"
+
 
 @dataclass(frozen=True)
 class Contender:
-    """How it is trained: ``runs`` at a time, each with its share of the cores.
-
-    Besides gnbench's engines there are ``plain``, and ``matmul`` and ``copy`` for the hardware.
-    """
+    """How it is trained: `PLAIN` or an engine, ``runs`` at a time that share the cores."""
 
     engine: str
     precision: str
@@ -67,36 +72,61 @@ class Contender:
         return f"{self.engine} {self.precision}{together}"
 
 
-class Processes:
-    """A contender at work: a process for each of its runs."""
+class Player(Protocol):
+    """Whoever takes turns."""
 
-    def __init__(
-        self, contender: Contender, command: tuple[str, ...], cores: int, stack: ExitStack
-    ) -> None:
-        from gnbench.contenders import Report, serve
+    def settle(self) -> None:
+        """Get ready for a turn."""
+        ...
 
-        self.threads = max(1, cores // contender.runs)
-        context = multiprocessing.get_context("spawn")
+    def rate(self, count: int) -> float:
+        """Do the work ``count`` times, in every run; return how often a second in all."""
+        ...
+
+
+class Team:
+    """A contender at work: a process for each of its runs.
+
+    Raises:
+        ContenderError: here and in every method, if one of them fails.
+    """
+
+    def __init__(self, contender: Contender, command: tuple[str, ...], stack: ExitStack) -> None:
+        from gnbench.contenders import serve
+
+        self.contender = contender
+        self.threads = max(1, cores() // contender.runs)
         self._connections: list[Connection] = []
-        for _ in range(contender.runs):
-            ours, theirs = context.Pipe()
-            engine = None if contender.engine == PLAIN else contender.engine
-            arguments = (theirs, engine, command, self.threads, time.time())
-            process = context.Process(target=serve, args=arguments)
-            process.start()
-            theirs.close()
-            stack.callback(_end, process, ours)
-            self._connections.append(ours)
-        reports: list[Report] = [self._answer(connection) for connection in self._connections]
+        engine = None if contender.engine == PLAIN else contender.engine
+        context = multiprocessing.get_context("spawn")
+        with ExitStack() as own:  # if one cannot be built, the others end at once
+            for _ in range(contender.runs):
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=serve, args=(theirs, engine, command, self.threads, time.time())
+                )
+                with _deaf():
+                    process.start()
+                theirs.close()
+                own.callback(_end, process, ours)
+                self._connections.append(ours)
+            reports = [self._answer(connection) for connection in self._connections]
+            stack.push(own.pop_all())
         self.startup_seconds = max(report.startup_seconds for report in reports)
         self.first_step_seconds = max(report.first_step_seconds for report in reports)
-        self.device = reports[0].device
+        self.device: str = reports[0].device
+        self.memory: int | None = None  # peak in bytes, once it has been asked for
 
     def ask(self, order: str, argument: object = None) -> list[Any]:
         """Give all processes the order at once and wait for what they answer."""
         for connection in self._connections:
-            connection.send((order, argument))
+            with suppress(OSError):  # of a process that died: the answer tells
+                connection.send((order, argument))
         return [self._answer(connection) for connection in self._connections]
+
+    def settle(self) -> None:
+        """Use up what data workers made ready during the others' turns."""
+        self.ask("take", SETTLING)
 
     def rate(self, count: int) -> float:
         """Take ``count`` steps in every run; return the steps per second of all together."""
@@ -104,13 +134,18 @@ class Processes:
         done = sum(self.ask("take", count))
         return float(done / (time.perf_counter() - began))
 
+    def ask_for_memory(self) -> None:
+        """Learn what the processes of all runs took at most; unknown on some systems."""
+        peaks = self.ask("memory")
+        self.memory = None if None in peaks else sum(peaks)
+
     def _answer(self, connection: Connection) -> Any:
         try:
             answer = connection.recv()
         except (EOFError, ConnectionError):
-            raise ContenderError("its process died") from None
+            raise ContenderError(f"{self.contender}: its process died") from None
         if getattr(answer, "error", None):
-            raise ContenderError(answer.error)
+            raise ContenderError(f"{self.contender}: {answer.error}")
         return answer
 
 
@@ -120,18 +155,38 @@ class Hardware:
     def __init__(self, work: Matmul | Copying) -> None:
         self._work = work
 
+    def settle(self) -> None:
+        """Need nothing."""
+
     def rate(self, count: int) -> float:
         """Do the work ``count`` times; return how often a second."""
         began = time.perf_counter()
         return self._work.take(count) / (time.perf_counter() - began)
 
 
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Have what is started meanwhile ignore Ctrl-C: it is for this process, which ends them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _end(process: SpawnProcess, connection: Connection) -> None:
-    """Hang up and wait for the process to end."""
+    """Hang up and have the process end, after the steps at hand or without them."""
     connection.close()
-    process.join(10)
-    if process.is_alive():
-        process.kill()
+    process.join(3)
+    process.kill()
+    process.join()
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def contenders(config: DictConfig) -> list[Contender]:
@@ -148,141 +203,155 @@ def contenders(config: DictConfig) -> list[Contender]:
     ]
 
 
-def _hardware(case: Case, config: DictConfig) -> dict[Contender, Hardware]:
-    """Return what takes its turns beside the contenders, so that the limit drifts as they do."""
-    from gnbench.contenders import Copying, Matmul
-    from gnbench.experiment import compose
+def cases(config: DictConfig) -> list[Case]:
+    """Return all combinations of datasets, models, norms and batch sizes."""
+    axes = (config.datasets, config.models, config.norms, config.batch_sizes)
+    return [Case(*values) for values in itertools.product(*axes)]
 
-    found = {}
-    for precision in config.precisions:
-        composed = compose(*overrides(case, precision, config))
-        found[Contender("matmul", precision)] = Hardware(Matmul(composed))
-        found[Contender("copy", "fp32")] = Hardware(Copying(composed))
-    return found
+
+def overrides(case: Case, precision: str, config: DictConfig) -> tuple[str, ...]:
+    """Return the command line of a run of ``case`` that does not end while it is timed."""
+    return (
+        f"dataset={case.dataset}",
+        "dataset.augmentation=flip",
+        f"model={case.model}",
+        f"norm={case.norm}",
+        f"batch_size={case.batch_size}",
+        f"precision={precision}",
+        f"device={config.device}",
+        "epochs=1000000",
+    )
 
 
 def measure(
-    case: Case, config: DictConfig, bar: tqdm[Any], folder: Path
-) -> tuple[list[dict[str, Any]], str]:
-    """Time every contender on ``case``; return a row each, and the device.
+    case: Case, config: DictConfig, bar: tqdm[Any], left_out: list[str]
+) -> tuple[dict[Contender, Team], dict[Any, list[float]]]:
+    """Time every contender on ``case``; return them, and all rates round by round.
 
-    All are built first and continue one training; then they take turns, a slice each in every
-    round, so that a machine that slows down slows all. Ratios are medians of those of the rounds.
+    All are built first and continue one training, that of the plain loop, so that none is spared
+    what slows a training down as it goes on. Then they take turns, so that a machine that slows
+    down slows all of them. Who fails at the start goes into ``left_out``.
 
     Raises:
-        ContenderError: if one fails without which there is nothing to compare.
+        ContenderError: if the plain loop fails, or anyone once all have been built.
     """
-    from gnbench.contenders import MATMUL_FLOPS, count_flops
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
+        teams: dict[Contender, Team] = {}
+        for contender in contenders(config):
+            bar.set_postfix_str(f"starting {contender}")
+            try:
+                command = overrides(case, contender.precision, config)
+                teams[contender] = Team(contender, command, stack)
+            except ContenderError as error:
+                if not teams:
+                    raise
+                left_out.append(f"{case}: left out: {error}")
+            bar.update()
+        leader, *others = teams.values()
+        bar.set_postfix_str(f"warming up with {leader.contender}")
+        leader.ask("take", config.warmup_steps)
+        state = str(Path(scratch, "state.pt"))
+        leader.ask("save", state)
+        for team in others:
+            team.ask("load", state)
+        bar.update()
+        rates = take_turns({**teams, **_hardware(case, config)}, config, bar)
+        for team in teams.values():
+            team.ask_for_memory()
+    return teams, rates
+
+
+def take_turns(
+    players: Mapping[Any, Player], config: DictConfig, bar: tqdm[Any]
+) -> dict[Any, list[float]]:
+    """Give everyone a turn of about ``seconds`` in each of ``rounds``, in an order drawn anew.
+
+    Returns how often a second each did its work, by round.
+    """
+    counts = {key: config.seconds * player.rate(SETTLING) for key, player in players.items()}
+    rates: dict[Any, list[float]] = {key: [] for key in players}
+    draw = random.Random(0)
+    for turn in range(config.rounds):
+        for key in draw.sample(list(players), k=len(players)):
+            bar.set_postfix_str(f"round {turn + 1} of {config.rounds}: {key}")
+            time.sleep(PAUSE)
+            players[key].settle()
+            share = counts[key] / getattr(key, "runs", 1)
+            rates[key].append(players[key].rate(max(1, round(share))))
+            bar.update()
+    return rates
+
+
+def _hardware(case: Case, config: DictConfig) -> dict[str, Hardware]:
+    """Return what takes its turns beside the contenders, so that the limit drifts as they do."""
+    import torch
+
+    from gnbench.contenders import Copying, Matmul
     from gnbench.experiment import compose
 
-    with ExitStack() as stack:
-        teams = _start(case, config, bar, stack)
-        trained = [contender for contender in contenders(config) if contender in teams]
-        leader = next(c for c in trained if c.engine != PLAIN and c.runs == 1)
-        state = str(folder / "state.pt")
-        bar.set_postfix_str(f"warming up with {leader}")
-        teams[leader].ask("take", config.warmup_steps)
-        teams[leader].ask("save", state)
-        for contender in trained:
-            if contender != leader:
-                teams[contender].ask("load", state)
-        bar.update()
-        rates = _take_turns({**teams, **_hardware(case, config)}, config, bar)
-        memory = {contender: sum(teams[contender].ask("memory")) for contender in trained}
-    flops = count_flops(compose(*overrides(case, "fp32", config)))
-    copies = rates[Contender("copy", "fp32")]
+    torch.set_num_threads(cores())
+    composed = {p: compose(*overrides(case, p, config)) for p in config.precisions}
+    found = {precision: Hardware(Matmul(c)) for precision, c in composed.items()}
+    return {**found, COPY: Hardware(Copying(composed[config.precisions[0]]))}
+
+
+def compare(
+    case: Case, teams: Mapping[Contender, Any], rates: Mapping[Any, Sequence[float]], flops: float
+) -> list[dict[str, Any]]:
+    """Return a row for every contender; ratios are medians of those of the rounds.
+
+    ``flops`` are those of a step. The limit is the longer of two times: for as many FLOPs in a
+    product of large matrices, and for one copy of the weights and Adam's moments.
+    """
+    from gnbench.contenders import MATMUL_FLOPS
+
     rows = []
-    for contender in trained:
-        own, team = rates[contender], teams[contender]
-        matmuls = rates[Contender("matmul", contender.precision)]
+    plain = rates[next(iter(teams))]
+    for contender, team in teams.items():
+        own, matmuls = rates[contender], rates[contender.precision]
         limits = [
             max(flops / (matmul * MATMUL_FLOPS), 1 / copy)
-            for matmul, copy in zip(matmuls, copies, strict=True)
+            for matmul, copy in zip(matmuls, rates[COPY], strict=True)
         ]
+        ratios = [one / other for one, other in zip(own, plain, strict=True)]
         rows.append(
             {
                 **asdict(case),
                 **asdict(contender),
                 "threads": team.threads,
                 "images_per_second": case.batch_size * median(own),
-                "ms_per_step": 1000 * contender.runs / median(own),
-                "speedup": median(a / b for a, b in zip(own, rates[trained[0]], strict=True)),
+                "ms_per_step": 1000 / median(own),
+                "speedup": median(ratios),
+                "speedup_min": min(ratios),
+                "speedup_max": max(ratios),
                 "limit_ms_per_step": 1000 * median(limits),
                 "limit_fraction": median(a * b for a, b in zip(own, limits, strict=True)),
-                "peak_memory_bytes": memory[contender],
+                "peak_memory_bytes": team.memory,
                 "startup_seconds": team.startup_seconds,
                 "first_step_seconds": team.first_step_seconds,
             }
         )
-    return rows, teams[leader].device
+    return rows
 
 
-def _start(
-    case: Case, config: DictConfig, bar: tqdm[Any], stack: ExitStack
-) -> dict[Contender, Processes]:
-    """Start every contender; leave out, and name, those that fail but can be done without."""
-    teams: dict[Contender, Processes] = {}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    for contender in contenders(config):
-        bar.set_postfix_str(f"starting {contender}")
-        command = overrides(case, contender.precision, config)
-        try:
-            teams[contender] = Processes(contender, command, cores or 1, stack)
-        except ContenderError as error:
-            if contender == contenders(config)[0]:
-                raise ContenderError(f"{_title(case)}: {contender}: {error}") from error
-            _say(f"{_title(case)}: {contender} is left out: {error}")
-        bar.update()
-    if all(contender.engine == PLAIN or contender.runs > 1 for contender in teams):
-        raise ContenderError(f"{_title(case)}: no engine can be timed")
-    return teams
-
-
-def _take_turns(
-    teams: Mapping[Contender, Processes | Hardware], config: DictConfig, bar: tqdm[Any]
-) -> dict[Contender, list[float]]:
-    """Return for every contender how often a second it did its work, round by round."""
-    counts = {c: round(config.seconds * team.rate(TRIAL) / c.runs) for c, team in teams.items()}
-    rates: dict[Contender, list[float]] = {contender: [] for contender in teams}
-    order = list(teams)
-    for turn in range(config.rounds):
-        for contender in order:
-            bar.set_postfix_str(f"round {turn + 1}: {contender}")
-            time.sleep(PAUSE)
-            teams[contender].rate(TRIAL)  # what its data workers made ready meanwhile
-            rates[contender].append(teams[contender].rate(max(1, counts[contender])))
-            bar.update()
-        order = order[1:] + order[:1]
-    return rates
-
-
-def overrides(case: Case, precision: str, config: DictConfig) -> tuple[str, ...]:
-    """Return the command line of a run of ``case``."""
-    return (
-        f"model={case.model}",
-        f"norm={case.norm}",
-        f"batch_size={case.batch_size}",
-        f"precision={precision}",
-        f"dataset={case.dataset}",
-        f"device={config.device}",
-    )
-
-
-def table(case: Case, rows: Sequence[dict[str, Any]]) -> str:
+def table(case: Case, rows: Sequence[Mapping[str, Any]]) -> str:
     """Put the rows of a case into words."""
     lines = [
         "",
-        _title(case),
-        f"  {'':<14}{'threads':>7}{'images/s':>10}{'ms/step':>9}{'× plain':>9}{'of limit':>10}"
-        f"{'memory':>12}{'start':>8}{'1st step':>10}",
+        str(case),
+        f"  {'':<14}{'threads':>7}{'images/s':>10}{'ms/step':>9}{'× plain':>9}{'(range)':>14}"
+        f"{'of limit':>10}{'memory':>12}{'start':>8}{'1st step':>10}",
     ]
     for row in rows:
         name = str(Contender(row["engine"], row["precision"], row["runs"]))
-        memory = f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB"
+        peak = row["peak_memory_bytes"]
+        memory = "–" if peak is None else f"{peak / 2**20:,.0f} MiB"
+        spread = f"({row['speedup_min']:.2f}–{row['speedup_max']:.2f})"
         lines.append(
             f"  {name:<14}{row['threads']:>7}{row['images_per_second']:>10,.0f}"
-            f"{row['ms_per_step']:>9.2f}{row['speedup']:>9.2f}{row['limit_fraction']:>10.0%}"
-            f"{memory:>12}{row['startup_seconds']:>6.1f} s{row['first_step_seconds']:>8.1f} s"
+            f"{row['ms_per_step']:>9.2f}{row['speedup']:>9.2f}{spread:>14}"
+            f"{row['limit_fraction']:>10.0%}{memory:>12}{row['startup_seconds']:>6.1f} s"
+            f"{row['first_step_seconds']:>8.1f} s"
         )
     return "\n".join(lines)
 
@@ -292,8 +361,9 @@ def check(config: DictConfig) -> None:
     from gnbench.experiment import compose
 
     for key in ("datasets", "models", "norms", "batch_sizes", "precisions", "runs"):
-        if not config[key]:
-            raise ConfigError(f"{key}=[]: name at least one")
+        values = list(config[key])
+        if not values or len(set(values)) < len(values):
+            raise ConfigError(f"{key}={values}: name at least one, and none twice")
     for precision in config.precisions:
         if precision not in CHOICES["precision"]:
             choices = ", ".join(CHOICES["precision"])
@@ -302,87 +372,92 @@ def check(config: DictConfig) -> None:
     check_integer("warmup_steps", config.warmup_steps, least=1)
     for count in config.runs:
         check_integer("runs", count, least=1)
-    if 1 not in config.runs:
-        raise ConfigError(f"runs={list(config.runs)}: 1 must be among them")
     if not is_number(config.seconds) or config.seconds <= 0:
         raise ConfigError(f"seconds={config.seconds}: must be a number over 0")
+    if not config.outputs:
+        raise ConfigError("outputs='' is not a folder: choose one, e.g. outputs=outputs/bench")
     for case in cases(config):
         compose(*overrides(case, config.precisions[0], config))
-
-
-def cases(config: DictConfig) -> list[Case]:
-    """Return all combinations of datasets, models, norms and batch sizes."""
-    axes = (config.datasets, config.models, config.norms, config.batch_sizes)
-    return [Case(*values) for values in itertools.product(*axes)]
 
 
 def bench(config: DictConfig, command: str) -> bool:
     """Time all cases; print a table, write CSV, JSON and figure; return whether none failed.
 
-    Files are written after every case, so that an interruption costs the case under way.
+    The files are written after every case, so that an interruption costs only the case under way.
 
     Raises:
-        ConfigError: for a setting that cannot work, before anything is started.
+        ConfigError: for a setting that cannot work, before anything is started or written.
+        DataError: if a dataset is not to be had, likewise.
         WriteError: if the results cannot be written.
     """
     check(config)
     cli.composed()
+    from gnbench.contenders import count_flops
+    from gnbench.experiment import compose, load_dataset
+
+    for name in config.datasets:
+        load_dataset(compose(f"dataset={name}"))  # downloaded now, not by several at once
     folder = Path(config.outputs)
+    with runs.explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     about = {
         "command": command,
         "started": runs.now(),
         "versions": runs.versions(),
         "platform": platform.platform(),
-        "cores": os.cpu_count(),
+        "cores": cores(),
     }
     rows: list[dict[str, Any]] = []
-    whole = True
-    starts = len(contenders(config))
-    turns = config.rounds * (starts + len(config.precisions) + 1)
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        tqdm(
-            total=len(cases(config)) * (starts + 1 + turns),
-            disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
-            bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}",
-        ) as bar,
-    ):
+    raw: list[dict[str, Any]] = []
+    failures: list[str] = []
+    turns = config.rounds * (len(contenders(config)) + len(config.precisions) + 1)
+    with tqdm(
+        total=len(cases(config)) * (len(contenders(config)) + 1 + turns),
+        disable=not sys.stderr.isatty(),
+        dynamic_ncols=True,
+        bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}",
+    ) as bar:
         for number, case in enumerate(cases(config), 1):
-            bar.set_description_str(f"{_title(case)} ({number}/{len(cases(config))})")
+            bar.set_description_str(f"{case} ({number}/{len(cases(config))})")
+            known = len(failures)
             try:
-                found, about["device"] = measure(case, config, bar, Path(scratch))
+                teams, rates = measure(case, config, bar, failures)
             except ContenderError as error:
-                _say(str(error))
-                whole = False
-                continue
-            rows += found
-            _write(folder, rows, about)
-            with bar.external_write_mode(file=sys.stdout):
-                print(table(case, found), flush=True)
+                failures.append(f"{case}: {error}")
+            else:
+                about["device"] = next(iter(teams.values())).device
+                flops = count_flops(compose(*overrides(case, config.precisions[0], config)))
+                found = compare(case, teams, rates, flops)
+                with bar.external_write_mode(file=sys.stdout):
+                    print(table(case, found), flush=True)
+                rows += found
+                raw += [
+                    {**asdict(case), "who": str(key), "round": turn, "per_second": rate}
+                    for key, values in rates.items()
+                    for turn, rate in enumerate(values, 1)
+                ]
+                _write(folder, rows, raw, about)
+            for failure in failures[known:]:
+                bar.write(f"gnbench: {failure}", file=sys.stderr)
     if rows:
         print(f"\n{about['device']}, {about['cores']} cores; written to {folder}")
-    return whole
+    return not failures
 
 
-def _write(folder: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
+def _write(
+    folder: Path, rows: list[dict[str, Any]], raw: list[dict[str, Any]], about: dict[str, Any]
+) -> None:
     from gnbench import figure
 
-    found = pd.DataFrame(rows)
-    with runs.explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    runs.replace(folder / "bench.csv", found.to_csv(index=False).encode())
+    tables = {"bench.csv": rows, "bench_rounds.csv": raw}
+    for name, entries in tables.items():
+        runs.replace(folder / name, pd.DataFrame(entries).to_csv(index=False).encode())
     runs.replace(folder / "bench.json", (json.dumps(about, indent=1) + "\n").encode())
+    drawn = figure.draw_speed(pd.DataFrame(rows), str(about["device"]))
     for suffix in ("png", "svg"):
-        figure.save(figure.draw_speed(found, str(about["device"])), folder / f"bench.{suffix}")
-
-
-def _title(case: Case) -> str:
-    return f"{case.dataset}, {case.model} {case.norm}, batch size {case.batch_size}"
-
-
-def _say(text: str) -> None:
-    tqdm.write(text, file=sys.stderr)
+        path = folder / f"bench.{suffix}"
+        with runs.explained(path):
+            figure.save(drawn, path)
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="bench")
@@ -399,7 +474,7 @@ def app(config: DictConfig) -> None:
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
+    """Run the command line. Exit codes: 0 done, 1 something failed, 2 bad input, 130 interrupted.
 
     ``--quick`` takes the settings of ``conf/bench_quick.yaml``.
     """

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from multiprocessing import active_children, get_all_start_methods
 from multiprocessing.connection import Connection
@@ -19,14 +18,22 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from gnbench import devices
+from gnbench import cli, devices
+from gnbench.config import one_line
 from gnbench.datasets import Dataset
-from gnbench.experiment import OWN_KEYS, build_model, build_training, compose, load_dataset
+from gnbench.experiment import (
+    OWN_KEYS,
+    build_model,
+    build_training,
+    compose,
+    load_dataset,
+    must_drop_last,
+)
 
 DATA_WORKERS = 2  # of the plain loop
 PREFETCH = 2  # batches that each of them holds ready
@@ -50,6 +57,7 @@ class PlainLoop:
             _Pictures(load_dataset(config), config),
             batch_size=config.batch_size,
             shuffle=True,
+            drop_last=must_drop_last(config),
             num_workers=DATA_WORKERS,
             prefetch_factor=PREFETCH,
             persistent_workers=True,
@@ -79,12 +87,20 @@ class PlainLoop:
             self.wrong += (logits.argmax(dim=1) != labels).sum().item()
         return count
 
+    def save(self, path: Path) -> None:
+        """Write weights and moments."""
+        moments = self.optimizer.state_dict()["state"]
+        torch.save({"model": self.model.state_dict(), "moments": moments}, path)
+
     def load(self, path: Path) -> None:
-        """Continue with the weights and moments of an engine."""
-        saved = torch.load(path, weights_only=True)
-        self.model.load_state_dict(saved["model"])
-        own = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({**own, "state": saved["optimizer"]["state"]})
+        """Continue with weights and moments that a plain loop saved."""
+        _load(self.model, self.optimizer, path)
+
+
+def _load(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    saved = torch.load(path, weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["moments"]})
 
 
 class _Pictures(torch.utils.data.Dataset[tuple[Tensor, int]]):
@@ -111,28 +127,28 @@ class _Pictures(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
 
 class EngineLoop:
-    """A training of gnbench as a run does it, without its directory."""
+    """A training of gnbench as a run does it, without its directory and its test images."""
 
     def __init__(self, config: DictConfig) -> None:
-        self.training = build_training(config, load_dataset(config))
+        dataset = load_dataset(config)
+        dataset = replace(
+            dataset, test_images=dataset.test_images[:1], test_labels=dataset.test_labels[:1]
+        )
+        self.training = build_training(config, dataset)
         self._calls = self.training.run()
 
     def take(self, count: int) -> int:
         """Take at least ``count`` optimizer steps: an engine may take several at a call."""
         before = self.training.position.step
         while self.training.position.step < before + count:
-            next(self._calls)
+            if next(self._calls, self) is self:
+                raise RuntimeError("the training came to its end (it diverged)")
         _wait_for(self.training.engine.device)
         return self.training.position.step - before
 
-    def save(self, path: Path) -> None:
-        """Write the state of the training."""
-        torch.save(self.training.state_dict(), path)
-
     def load(self, path: Path) -> None:
-        """Continue from what another engine saved."""
-        self.training.load_state_dict(torch.load(path, weights_only=True))
-        self._calls = self.training.run()
+        """Continue with weights and moments that a plain loop saved."""
+        _load(self.training.engine.model, self.training.engine.optimizer, path)
 
 
 class Matmul:
@@ -206,42 +222,46 @@ def serve(
     ``("load", path)`` by None, ``("memory", None)`` by the peak memory in bytes. The first answer
     is a `Report`; ``began`` is the time (`time.time`) at which the process was started.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who gives orders
+    with suppress(BrokenPipeError):  # hung up on before an answer
+        try:
+            if engine is not None:
+                overrides = (*overrides, f"engine={engine}")
+                devices.flush_denormals()  # before torch starts threads
+            torch.set_num_threads(threads)
+            config = compose(*overrides)
+            device = devices.choose_device(config.device)
+            devices.reset_peak_memory(device)
+            loop: Any = PlainLoop(config) if engine is None else EngineLoop(config)
+            startup, stepped = time.time() - began, time.time()
+            loop.take(1)
+            first = time.time() - stepped
+            connection.send(Report(startup, first, devices.describe_device(device)))
+            while (order := _receive(connection)) is not None:
+                name, argument = order
+                if name == "memory":
+                    connection.send(_peak_memory(device))
+                else:
+                    connection.send(getattr(loop, name)(argument))
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            if not (cli.is_explained(error) or devices.is_out_of_memory(error)):
+                traceback.print_exc()
+            connection.send(Report(error=one_line(error)))
+
+
+def _receive(connection: Connection) -> tuple[str, Any] | None:
     try:
-        if engine is not None:
-            overrides = (*overrides, f"engine={engine}")
-            devices.flush_denormals()  # before torch starts threads
-        torch.set_num_threads(threads)
-        config = compose(*overrides)
-        device = devices.choose_device(config.device)
-        devices.reset_peak_memory(device)
-        work: Any = PlainLoop(config) if engine is None else EngineLoop(config)
-        startup, began_step = time.time() - began, time.time()
-        work.take(1)
-        first = time.time() - began_step
-        connection.send(Report(startup, first, devices.describe_device(device)))
-        while True:
-            order, argument = connection.recv()
-            if order == "take":
-                connection.send(work.take(argument))
-            elif order == "memory":
-                connection.send(_peak_memory(device))
-            else:
-                getattr(work, order)(Path(argument))
-                connection.send(None)
+        order: tuple[str, Any] = connection.recv()
     except EOFError:
-        return
-    except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        if not devices.is_out_of_memory(error):
-            traceback.print_exc()
-        connection.send(Report(error=reason))
+        return None
+    return order
 
 
-def _peak_memory(device: torch.device) -> int:
+def _peak_memory(device: torch.device) -> int | None:
     """Return the peak memory of this process in bytes, with what its data workers hold alone."""
-    peak = devices.peak_memory_bytes(device) or 0
-    if device.type == "cuda":
+    peak = devices.peak_memory_bytes(device)
+    if peak is None or device.type == "cuda":
         return peak
     for worker in active_children():
         with suppress(OSError):

@@ -86,8 +86,8 @@ def flush_denormals() -> None:
     """Have this thread, and the threads that torch starts from now on, take 0 for denormal numbers.
 
     Of a unit that no longer learns, Adam's moments fade until they are denormal (in float32 below
-    1.2e-38), and an x86 core computes many times slower with those. The weights stay the same to
-    the bit: beside ε such a moment counts for nothing.
+    1.2e-38), and an x86 core computes many times slower with those. Beside ε such a moment counts
+    for nothing: the weights stay the same. What torch's threads did before is left to them.
     """
     torch.set_flush_denormal(True)
 

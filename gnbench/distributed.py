@@ -163,7 +163,8 @@ def _of_the_living(store: Store) -> Store:
     """Return a part of ``store`` that only the processes which are alive now know.
 
     torchrun keeps the store when it starts processes again, so that one of them can find there the
-    address of one that was killed, and fail to connect to it.
+    address of one that was killed, and fail to connect to it. Its count of restarts is no name for
+    that part: every machine has a count of its own.
     """
     from torch.distributed.distributed_c10d import PrefixStore
 

@@ -42,7 +42,7 @@ def compose(*overrides: str) -> DictConfig:
         ConfigError: for a key or value that does not exist or cannot work.
     """
     surrounding = GlobalHydra.instance()
-    application, surrounding.hydra = surrounding.hydra, None  # of the caller, if it has one
+    application, surrounding.hydra = surrounding.hydra, None  # of the caller, if it is one
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             config = hydra_compose("config", overrides=list(overrides))
@@ -50,6 +50,7 @@ def compose(*overrides: str) -> DictConfig:
         raise ConfigError(one_line(error)) from error
     finally:
         surrounding.hydra = application
+        GlobalHydra.set_instance(surrounding)  # initialize_config_dir has left a copy
     check_run(config)
     return config
 

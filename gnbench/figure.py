@@ -26,7 +26,7 @@ STYLES = {
 }
 MORE_STYLES = (("#56B4E9", "P"), ("#8C564B", "*"), ("#7F7F7F", "h"))  # for norms of a user's own
 LINES = ("-", "--", "-.", ":")
-ENGINE_HUES = ("#0072B2", "#D62728")  # one run, several at once
+ALONE, TOGETHER = "#0072B2", "#D62728"  # one run, several at once
 MARKERS = ("o", "s", "^", "D", "v", "P", "*", "X")
 BASELINE = "#666666"
 BEYOND_ONE_SEED = 0.18  # opacity of an interval band
@@ -160,8 +160,9 @@ def draw_speed(rows: pd.DataFrame, device: str) -> Figure:
     for axis, (name, panel) in zip(axes, panels, strict=True):
         lines = panel.groupby(["engine", "precision", "runs"], sort=False)
         for index, (_, line) in enumerate(lines):
+            line = line.sort_values("batch_size")
             engine, precision, runs = line.iloc[0][["engine", "precision", "runs"]]
-            hue = "#000000" if engine == "plain" else ENGINE_HUES[int(runs > 1)]
+            hue = TOGETHER if runs > 1 else "#000000" if engine == "plain" else ALONE
             together = f", {runs} at once" if runs > 1 else ""
             axis.plot(
                 line["batch_size"],
@@ -171,7 +172,7 @@ def draw_speed(rows: pd.DataFrame, device: str) -> Figure:
                 linestyle=LINES[list(rows["precision"].unique()).index(precision) % len(LINES)],
                 label=f"{engine} {precision}{together}",
             )
-        first = next(line for _, line in lines)
+        first = next(line for _, line in lines).sort_values("batch_size")
         axis.plot(
             first["batch_size"],
             first["speedup"] / first["limit_fraction"],
@@ -183,7 +184,7 @@ def draw_speed(rows: pd.DataFrame, device: str) -> Figure:
         axis.set_yscale("log", base=2)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
         axis.set_ylabel("speed, the plain loop being 1")
-        axis.set_title(f"{', '.join(map(str, name))}")
+        axis.set_title(", ".join(map(str, name)))
         axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     figure.suptitle(device, fontsize="small")
     return figure

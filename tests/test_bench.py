@@ -1,20 +1,27 @@
 """The benchmark's arithmetic and bookkeeping; never its times."""
 
+import io
 import json
 import os
 import signal
-from contextlib import ExitStack
+import subprocess
+import time
+from contextlib import ExitStack, suppress
 from multiprocessing import active_children
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
+from tqdm import tqdm
 
-from gnbench.bench import Contender, ContenderError, Processes
-from gnbench.contenders import EngineLoop, PlainLoop, count_flops
+from gnbench import bench
+from gnbench.bench import Case, Contender, ContenderError, Team, compare, take_turns
+from gnbench.contenders import MATMUL_FLOPS, EngineLoop, PlainLoop, count_flops
 from gnbench.experiment import compose
 from gnbench.figure import draw_speed
 from tests import tiny
+from tests.conftest import started
 
 SMALL = (
     *("norms=[gn]", "batch_sizes=[8]", "precisions=[fp32]", "datasets=[fashion_mini]"),
@@ -22,31 +29,86 @@ SMALL = (
 )
 
 
+@pytest.fixture(autouse=True)
+def one_core():
+    """Contenders take all cores there are: leave some to the other tests."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
 def test_every_contender_is_timed_and_compared(cli, tmp_path):
-    done = cli(*SMALL, module="gnbench.bench", check=0)
-    rows = pd.read_csv(tmp_path / "outputs" / "bench" / "bench.csv")
-    assert list(zip(rows["engine"], rows["runs"], strict=True)) == [
-        *(("plain", 1), ("eager", 1), ("eager", 2)),
-    ]
-    plain = rows.iloc[0]
-    assert plain["speedup"] == 1
-    assert (rows["images_per_second"] > 0).all()
-    # With two rounds a median is a mean: that of ratios differs from the ratio of means.
-    assert rows["speedup"].tolist() == pytest.approx(
-        (rows["images_per_second"] / plain["images_per_second"]).tolist(), rel=0.5
-    )
-    throughput = 1000 * rows["batch_size"] * rows["runs"] / rows["ms_per_step"]
+    settings = (*SMALL, "precisions=[bf16]")
+    done = cli(*settings, module="gnbench.bench", check=0)
+    folder = tmp_path / "outputs" / "bench"
+    rows = pd.read_csv(folder / "bench.csv")
+    found = list(rows[["engine", "precision", "runs"]].itertuples(index=False, name=None))
+    assert found == [("plain", "bf16", 1), ("eager", "bf16", 1), ("eager", "bf16", 2)]
+    assert rows["speedup"][0] == 1
+    throughput = 1000 * rows["batch_size"] / rows["ms_per_step"]
     assert throughput.tolist() == pytest.approx(rows["images_per_second"].tolist())
-    assert rows["limit_fraction"].between(0, 1).all()
     assert (rows["peak_memory_bytes"] > 50 * 2**20).all()
-    assert (rows[["startup_seconds", "first_step_seconds"]] > 0).all().all()
-    about = json.loads((tmp_path / "outputs" / "bench" / "bench.json").read_text())
-    assert about["command"] == f"python -m gnbench.bench {' '.join(SMALL)}"
+    rounds = pd.read_csv(folder / "bench_rounds.csv")
+    assert rounds.groupby("who")["round"].apply(list).to_dict() == {
+        str(key): [1, 2] for key in [*(Contender(*c) for c in found), "bf16", "copy"]
+    }
+    medians = rounds.groupby("who")["per_second"].median()
+    assert 8 * medians["eager bf16 ×2"] == pytest.approx(rows["images_per_second"].iloc[-1])
+    about = json.loads((folder / "bench.json").read_text())
+    assert about["command"] == f"python -m gnbench.bench {' '.join(settings)}"
     assert about["device"].startswith("cpu (")
     assert "fashion_mini, simplenetv2 gn, batch size 8" in done.stdout
-    assert "eager fp32 ×2" in done.stdout
-    assert (tmp_path / "outputs" / "bench" / "bench.png").stat().st_size > 10_000
-    assert (tmp_path / "outputs" / "bench" / "bench.svg").exists()
+    assert "eager bf16 ×2" in done.stdout
+    assert (folder / "bench.png").stat().st_size > 10_000
+    assert (folder / "bench.svg").exists()
+
+
+def test_ratios_are_medians_of_the_rounds_and_the_limit_is_the_longer_time():
+    case = Case("cifar10", "simplenetv2", "gn", 4)
+    plain, engine = Contender("plain", "fp32"), Contender("eager", "fp32", 2)
+    team = SimpleNamespace(threads=1, memory=7, startup_seconds=3.0, first_step_seconds=0.5)
+    rates = {
+        plain: [10.0, 5.0, 10.0],  # the machine was slow in the second round
+        engine: [30.0, 20.0, 50.0],
+        "fp32": [100.0, 50.0, 100.0],
+        "copy": [200.0, 40.0, 200.0],
+    }
+    first, second = compare(case, {plain: team, engine: team}, rates, flops=MATMUL_FLOPS)
+    assert first["speedup"] == first["speedup_min"] == first["speedup_max"] == 1
+    assert (second["speedup_min"], second["speedup"], second["speedup_max"]) == (3, 4, 5)
+    assert second["images_per_second"] == 120
+    assert second["ms_per_step"] == pytest.approx(1000 / 30)
+    assert second["limit_ms_per_step"] == pytest.approx(10)  # 10, 25 (the copy) and 10 ms
+    assert second["limit_fraction"] == pytest.approx(0.5)  # of 0.3, 0.5 and 0.5
+
+
+def test_everyone_has_a_turn_in_every_round(monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    turns = []
+
+    class Counting:
+        def __init__(self, name):
+            self.name = name
+
+        def settle(self):
+            turns.append((self.name, "settles"))
+
+        def rate(self, count):
+            turns.append((self.name, count))
+            return 100.0
+
+    one, two = Contender("eager", "fp32"), Contender("eager", "fp32", 2)
+    config = SimpleNamespace(rounds=3, seconds=0.5)
+    bar = tqdm(file=io.StringIO())
+    rates = take_turns({one: Counting("one"), two: Counting("two")}, config, bar)
+    assert rates == {one: [100.0] * 3, two: [100.0] * 3}
+    assert turns[:2] == [("one", bench.SETTLING), ("two", bench.SETTLING)]
+    for turn in range(3):
+        block = turns[2 + 4 * turn :][:4]
+        # Half as many steps in each of the two runs.
+        whole = [[("one", "settles"), ("one", 50)], [("two", "settles"), ("two", 25)]]
+        assert sorted([block[:2], block[2:]]) == whole
 
 
 @pytest.mark.parametrize(
@@ -54,10 +116,12 @@ def test_every_contender_is_timed_and_compared(cli, tmp_path):
     [
         ("rounds=0", "rounds=0: must be an integer >= 1"),
         ("seconds=0", "seconds=0.0: must be a number over 0"),
-        ("norms=[]", "norms=[]: name at least one"),
+        ("norms=[]", "norms=[]: name at least one, and none twice"),
+        ("runs=[1,1]", "runs=[1, 1]: name at least one, and none twice"),
         ("norms=[gm]", "In 'config': Could not find 'norm/gm'"),
         ("precisions=[fp8]", "precisions=fp8: choose from fp32, bf16"),
-        ("runs=[2]", "runs=[2]: 1 must be among them"),
+        ("runs=[0]", "runs=0: must be an integer >= 1"),
+        ("outputs=", "outputs='' is not a folder"),
         ("batch_sizes=[0]", "batch_size=0: must be an integer >= 1"),
         ("round=1", "Could not override 'round'"),
     ],
@@ -77,16 +141,92 @@ def test_quick_is_a_smaller_benchmark_whose_settings_can_be_overridden(cli):
 
 def test_a_contender_that_dies_or_cannot_be_built_is_named():
     with ExitStack() as stack:
-        team = Processes(Contender("eager", "fp32", 2), tiny.OVERRIDES, 2, stack)
-        assert team.threads == 1
+        team = Team(Contender("eager", "fp32", 2), tiny.OVERRIDES, stack)
+        assert team.threads == max(1, bench.cores() // 2)
         assert team.ask("take", 3) == [3, 3]
         os.kill(active_children()[0].pid, signal.SIGKILL)
-        with pytest.raises(ContenderError, match="its process died"):
+        with pytest.raises(ContenderError, match="eager fp32 ×2: its process died"):
+            team.ask("take", 3)
+        with pytest.raises(ContenderError, match="eager fp32 ×2: its process died"):
             team.ask("take", 3)
     assert active_children() == []
     broken = (*tiny.OVERRIDES, "dataset.classes=5")
-    with ExitStack() as stack, pytest.raises(ContenderError, match=r"dataset\.classes=5: the"):
-        Processes(Contender("eager", "fp32"), broken, 1, stack)
+    with ExitStack() as stack:
+        with pytest.raises(ContenderError, match=r"plain fp32: dataset\.classes=5: the labels say"):
+            Team(Contender("plain", "fp32"), broken, stack)
+        assert active_children() == []
+
+
+def test_a_training_that_ends_is_said_to_end():
+    loop = EngineLoop(compose(*tiny.OVERRIDES, "norm=none", "optimizer=sgd", "optimizer.lr=1e9"))
+    with pytest.raises(RuntimeError, match="the training came to its end"):
+        loop.take(100)
+
+
+def test_a_case_that_fails_does_not_stop_the_others(tmp_path):
+    process = started(tmp_path, "gnbench.bench", *SMALL, "batch_sizes=[8,4]", "runs=[1]")
+    contenders = []
+    while len(contenders) < 2 and process.poll() is None:
+        command = ["ps", "--ppid", str(process.pid), "-o", "pid=,args="]
+        listed = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+        contenders = [int(line.split()[0]) for line in listed if "spawn_main" in line]
+    os.kill(contenders[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 1, err
+    [line] = err.splitlines()
+    assert line.endswith("simplenetv2 gn, batch size 8: plain fp32: its process died")
+    assert line.startswith("gnbench: ")
+    results = pd.read_csv(tmp_path / "outputs" / "bench" / "bench.csv")
+    assert set(results["batch_size"]) == {4}
+
+
+def test_ctrl_c_ends_all_processes_and_keeps_what_was_measured(tmp_path):
+    settings = (*SMALL, "batch_sizes=[8,4]", "runs=[1]")
+    process = started(tmp_path, "gnbench.bench", *settings, start_new_session=True)
+    until = time.monotonic() + 120
+    results = tmp_path / "outputs" / "bench" / "bench.csv"
+    while not results.exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    time.sleep(2)  # into the start of the next case
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err == ""
+    assert set(pd.read_csv(results)["batch_size"]) == {8}
+    for _ in range(200):  # a killed contender's data workers notice within seconds
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+            continue
+        break
+    else:
+        raise AssertionError("a process is left")
+
+
+def test_outputs_that_cannot_be_written_are_found_before_anything_is_timed(cli, tmp_path):
+    (tmp_path / "file").touch()
+    done = cli(*SMALL, "outputs=file/bench", module="gnbench.bench", check=1)
+    [line] = done.stderr.splitlines()
+    assert line.startswith("gnbench: file/bench cannot be written")
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("settings", [tiny.OVERRIDES, tiny.COLOURS], ids=["gray", "colours"])
+def test_the_plain_loop_sees_the_pixels_that_an_engine_sees(settings):
+    """Some of them mirrored."""
+    config = compose(*settings, "dataset.augmentation=flip")
+    data = EngineLoop(config).training.train
+
+    def pixels(images):
+        mean, std = (torch.tensor(list(config.dataset[k])).view(-1, 1, 1) for k in ("mean", "std"))
+        return (255 * (images * std + mean)).round().to(torch.uint8)
+
+    stored = pixels(data.chunk(0, len(data))[0])
+    known = [*stored, *stored.flip(3)]
+    images, _ = next(PlainLoop(config).batches)
+    assert len(images) == 8
+    for image in pixels(images):
+        assert any(torch.equal(image, other) for other in known)
 
 
 def test_flops_are_those_of_hand_arithmetic():
@@ -104,13 +244,13 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_the_plain_loop_continues_what_an_engine_began(tmp_path):
+def test_an_engine_continues_what_the_plain_loop_began(tmp_path):
     """And moves as far in a step: the same optimizer and schedule."""
     config = compose(*tiny.OVERRIDES, "norm=bn", "epochs=5")
     engine, plain = EngineLoop(config), PlainLoop(config)
-    engine.take(9)
-    engine.save(tmp_path / "state.pt")
-    plain.load(tmp_path / "state.pt")
+    plain.take(9)
+    plain.save(tmp_path / "state.pt")
+    engine.load(tmp_path / "state.pt")
     before = weights(plain.model)
     assert torch.equal(weights(engine.training.engine.model), before)
     assert engine.take(1) == plain.take(1) == 1
@@ -120,7 +260,7 @@ def test_the_plain_loop_continues_what_an_engine_began(tmp_path):
     ]
     assert moved[0] == pytest.approx(moved[1], rel=0.5)  # another batch
     assert plain.optimizer.param_groups[0]["fused"] is None
-    assert 0 <= plain.wrong <= 8
+    assert 0 < plain.wrong < 10 * 8
     assert plain.loss_sum > 0
 
 

@@ -1,9 +1,11 @@
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import gnbench
@@ -13,6 +15,18 @@ from gnbench.experiment import compose
 
 GROUPS = ("model", "norm", "dataset", "optimizer", "schedule", "batch", "experiment")
 FILES = sorted(p.relative_to(conf_dir()) for p in conf_dir().rglob("*.yaml"))
+
+
+def test_compose_leaves_the_hydra_application_around_it_alone():
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        around = GlobalHydra.instance()
+        loader = around.config_loader()
+        for settings, error in (((), None), (("norm=none_such",), ConfigError)):
+            with pytest.raises(error) if error else nullcontext():
+                compose(*settings)
+            assert GlobalHydra.instance() is around
+            assert around.config_loader() is loader
+    assert not GlobalHydra.instance().is_initialized()
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.parts[0] in GROUPS], ids=str)
@@ -26,7 +40,7 @@ def test_every_yaml_composes_into_a_run_that_can_be_trained(file):
 
 
 def test_no_yaml_is_forgotten():
-    others = {"config.yaml", "aggregate.yaml", "status.yaml"}
+    others = {"config.yaml", "aggregate.yaml", "status.yaml", "bench.yaml", "bench_quick.yaml"}
     assert all(f.parts[0] in (*GROUPS, "hydra") or str(f) in others for f in FILES)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for name in sorted(others):

@@ -19,14 +19,26 @@ OVERRIDES = (
     "progress=lines",
 )
 
+COLOURS = (
+    "dataset=cifar10",
+    "dataset._target_=tests.tiny.colours",
+    "dataset.image=[3,8,8]",
+    *OVERRIDES[4:],
+)
 
-def dataset(root=None):
+
+def dataset(root=None, channels=1):
     generator = torch.Generator().manual_seed(0)
 
     def images(count):
-        return torch.randint(0, 256, (count, 8, 8, 1), dtype=torch.uint8, generator=generator)
+        shape = (count, 8, 8, channels)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
     return Dataset(images(48), torch.arange(48) % 4, images(20), torch.arange(20) % 4)
+
+
+def colours(root=None):
+    return dataset(channels=3)
 
 
 class Greedy(SimpleNetV2):
