@@ -166,12 +166,12 @@ class Hardware:
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Have what is started meanwhile ignore Ctrl-C: it is for this process, which ends them."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Have what is started meanwhile be deaf to Ctrl-C, which this process then heeds."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end(process: SpawnProcess, connection: Connection) -> None:

@@ -35,7 +35,7 @@ from gnbench.experiment import (
     must_drop_last,
 )
 
-DATA_WORKERS = 2  # of the plain loop
+DATA_WORKERS = 2  # of the plain loop, but no more than it has threads
 PREFETCH = 2  # batches that each of them holds ready
 MATMUL_SIZE = 2048  # rows and columns of the matrices by whose product the hardware is measured
 MATMUL_FLOPS = 2 * MATMUL_SIZE**3
@@ -58,7 +58,7 @@ class PlainLoop:
             batch_size=config.batch_size,
             shuffle=True,
             drop_last=must_drop_last(config),
-            num_workers=DATA_WORKERS,
+            num_workers=min(DATA_WORKERS, torch.get_num_threads()),
             prefetch_factor=PREFETCH,
             persistent_workers=True,
             # What a program of its own has on Linux; here the default is that of our parent.

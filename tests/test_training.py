@@ -41,7 +41,8 @@ def test_flushing_denormal_numbers_changes_no_weight(tiny_config):
     flushed = start(config)
     rows(flushed)
     plain = start(config)
-    assert torch.set_flush_denormal(False)
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this processor does not flush denormal numbers")
     rows(plain)
     assert denormals(plain) > 1000
     assert denormals(flushed) == 0
