@@ -168,7 +168,7 @@ def test_a_case_that_fails_does_not_stop_the_others(tmp_path):
     contenders = []
     while len(contenders) < 2 and process.poll() is None:
         time.sleep(0.05)
-        command = ["ps", "--ppid", str(process.pid), "-o", "pid=,args="]
+        command = ["ps", "-ww", "--ppid", str(process.pid), "-o", "pid=,args="]
         listed = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
         contenders = [int(line.split()[0]) for line in listed if "spawn_main" in line]
     os.kill(contenders[0], signal.SIGKILL)
