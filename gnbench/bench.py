@@ -22,7 +22,6 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
 import hydra
-import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -73,7 +72,9 @@ class Contender:
 
 
 class Player(Protocol):
-    """Whoever takes turns."""
+    """Whoever takes turns, with work for so many ``runs`` at a time."""
+
+    runs: int
 
     def settle(self) -> None:
         """Get ready for a turn."""
@@ -95,6 +96,7 @@ class Team:
         from gnbench.contenders import serve
 
         self.contender = contender
+        self.runs = contender.runs
         self.threads = max(1, cores() // contender.runs)
         self._connections: list[Connection] = []
         engine = None if contender.engine == PLAIN else contender.engine
@@ -151,6 +153,8 @@ class Team:
 
 class Hardware:
     """By what its limit is measured, in this process."""
+
+    runs = 1
 
     def __init__(self, work: Matmul | Copying) -> None:
         self._work = work
@@ -268,7 +272,10 @@ def take_turns(
 
     Returns how often a second each did its work, by round.
     """
-    counts = {key: config.seconds * player.rate(SETTLING) for key, player in players.items()}
+    counts = {
+        key: max(1, round(config.seconds * player.rate(SETTLING) / player.runs))
+        for key, player in players.items()
+    }
     rates: dict[Any, list[float]] = {key: [] for key in players}
     draw = random.Random(0)
     for turn in range(config.rounds):
@@ -276,8 +283,7 @@ def take_turns(
             bar.set_postfix_str(f"round {turn + 1} of {config.rounds}: {key}")
             time.sleep(PAUSE)
             players[key].settle()
-            share = counts[key] / getattr(key, "runs", 1)
-            rates[key].append(players[key].rate(max(1, round(share))))
+            rates[key].append(players[key].rate(counts[key]))
             bar.update()
     return rates
 
@@ -447,6 +453,8 @@ def bench(config: DictConfig, command: str) -> bool:
 def _write(
     folder: Path, rows: list[dict[str, Any]], raw: list[dict[str, Any]], about: dict[str, Any]
 ) -> None:
+    import pandas as pd  # not for --help
+
     from gnbench import figure
 
     tables = {"bench.csv": rows, "bench_rounds.csv": raw}

@@ -173,11 +173,10 @@ class Copying:
     """Copies of as many numbers as the weights and Adam's moments are: what a step must move."""
 
     def __init__(self, config: DictConfig) -> None:
-        device = devices.choose_device(config.device)
+        self.device = devices.choose_device(config.device)
         with torch.device("meta"):
             parameters = sum(p.numel() for p in build_model(config).parameters())
-        self.device = device
-        self.source = torch.ones((1 + ADAM_MOMENTS) * parameters, device=device)
+        self.source = torch.ones((1 + ADAM_MOMENTS) * parameters, device=self.device)
         self.target = torch.zeros_like(self.source)
 
     def take(self, count: int) -> int:

@@ -156,6 +156,7 @@ def draw_speed(rows: pd.DataFrame, device: str) -> Figure:
     limit for the first precision.
     """
     panels = list(rows.groupby(["dataset", "model", "norm"], sort=False))
+    styles = dict(zip(rows["precision"].unique(), LINES, strict=False))
     figure, axes = _grid(len(panels), width=4.8, height=4.0)
     for axis, (name, panel) in zip(axes, panels, strict=True):
         lines = panel.groupby(["engine", "precision", "runs"], sort=False)
@@ -169,7 +170,7 @@ def draw_speed(rows: pd.DataFrame, device: str) -> Figure:
                 line["speedup"],
                 color=hue,
                 marker=MARKERS[index % len(MARKERS)],
-                linestyle=LINES[list(rows["precision"].unique()).index(precision) % len(LINES)],
+                linestyle=styles[precision],
                 label=f"{engine} {precision}{together}",
             )
         first = next(line for _, line in lines).sort_values("batch_size")

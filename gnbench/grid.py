@@ -205,8 +205,11 @@ def write_plan(study: Path, cells: Sequence[Cell]) -> None:
     partial = study / f".{path.name}.{uuid.uuid4().hex}"  # several may write the same plan
     with runs.explained(path):
         study.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text)
-        partial.replace(path)
+        try:
+            partial.write_text(text)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _last_words(sign: presence.Sign | None) -> str:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from types import FrameType
 
 REQUEUE = getattr(signal, "SIGUSR2", None)  # Windows has none
-ECHO = (
-    2.0  # seconds; a signal to a group reaches a worker, and is passed on to it; Slurm repeats it
-)
+# Seconds: a signal to a group reaches a worker and is passed on to it as well; Slurm repeats it.
+ECHO = 2.0
 
 
 class Interrupted(KeyboardInterrupt):

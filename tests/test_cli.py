@@ -239,6 +239,7 @@ def test_help_and_cfg_import_nothing_heavy(cli):
     assert imported(cli, "--help") == []
     assert imported(cli, "--cfg", "job") == []
     assert imported(cli, "--help", module="gnbench.aggregate") == ["pandas"]
+    assert imported(cli, "--help", module="gnbench.bench") == []
 
 
 def test_aggregate_does_not_import_torch(cli, tmp_path):
