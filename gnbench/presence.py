@@ -172,5 +172,7 @@ def _exists(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except OSError:  # it is another user's
-        return True
+        pass
+    with suppress(OSError):  # killed, and not yet waited for by its parent: a zombie
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return True

@@ -60,6 +60,18 @@ def test_a_sign_is_fresh_while_its_process_can_be_alive(changes, fresh):
     assert sign(**changes).is_fresh() is fresh
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no /proc on this system")
+def test_a_killed_process_that_nobody_has_waited_for_is_dead():
+    with subprocess.Popen([sys.executable, "-c", "print()"], stdout=subprocess.PIPE) as child:
+        child.stdout.read()
+        until = time.monotonic() + 10
+        left = sign(machine=presence._machine(), pid=child.pid)
+        while left.is_fresh() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert child.returncode is None  # the system still knows its pid
+        assert not left.is_fresh()
+
+
 def test_a_free_lock_is_not_taken_from_a_holder_on_another_machine(tmp_path, monkeypatch):
     """As on a network file system that keeps locks to one machine."""
     monkeypatch.setattr(presence, "BEAT_SECONDS", 0.1)
