@@ -30,6 +30,12 @@ class EpochPlan:
             *(None if t is None else t.to(device) for t in (self.order, self.flip, self.shift))  # type: ignore[arg-type]
         )
 
+    def copy_(self, other: EpochPlan) -> None:
+        """Take over the values of another plan of the same kind, in place."""
+        for own, new in zip(vars(self).values(), vars(other).values(), strict=True):
+            if own is not None:
+                own.copy_(new)
+
 
 def draw_epoch(seed: int, epoch: int, size: int, augmentation: str) -> EpochPlan:
     """Draw the plan of an epoch of ``size`` images on the CPU.
@@ -69,14 +75,14 @@ class ResidentData:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, plan: EpochPlan, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return inputs (float32, n,C,H,W) and labels (n) of positions ``start`` to ``stop``."""
-        index = plan.order[start:stop]
+    def batch(self, plan: EpochPlan, where: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Return inputs (float32, n,C,H,W) and labels (n) of the positions ``where`` (n)."""
+        index = plan.order[where]
         images = self.images[index]
         if plan.shift is not None:
-            images = _shift(images, plan.shift[start:stop])
+            images = _shift(images, plan.shift[where])
         if plan.flip is not None:
-            images = torch.where(plan.flip[start:stop, None, None, None], images.flip(2), images)
+            images = torch.where(plan.flip[where][:, None, None, None], images.flip(2), images)
         return self._normalize(images), self.labels[index]
 
     def chunk(self, start: int, stop: int) -> tuple[Tensor, Tensor]:

@@ -195,7 +195,12 @@ def cores() -> int:
 
 def contenders(config: DictConfig) -> list[Contender]:
     """Return who is timed, the plain loop in the first precision in front."""
-    engines = [name for name in CHOICES["engine"] if name != "auto"]
+    from gnbench.devices import choose_device
+    from gnbench.engine import EagerEngine, GraphEngine
+
+    engines = [EagerEngine.name]
+    if choose_device(config.device).type == "cuda":
+        engines.append(GraphEngine.name)
     return [
         *(Contender(PLAIN, precision) for precision in config.precisions),
         *(

@@ -35,7 +35,7 @@ NOT_IDENTITY = {"dataset": ("root",)}
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "precision": ("fp32", "bf16"),
-    "engine": ("auto", "eager"),
+    "engine": ("auto", "eager", "graph"),
     "progress": ("auto", "bar", "lines"),
     "batch.fixed": ("epochs", "steps"),
     "batch.lr_rule": ("none", "linear", "sqrt"),

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import math
 import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,9 +18,29 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gnbench.batches import EpochPlan, ResidentData
 from gnbench.distributed import Crew
+from gnbench.graphs import CudaGraphs, Program, Recorder, RecordingError
 from gnbench.schedules import Schedule
 
+log = logging.getLogger(__name__)
+
 EVALUATION_CHUNK = 500  # images a forward pass; fixed, so that the test error is reproducible
+STEPS_A_GRAPH = 16  # a signal waits for so many; a divisor of training.DIVERGENCE_CHECK
+
+
+@dataclass(frozen=True, eq=False)
+class Epoch:
+    """What an epoch trains on: ``steps`` batches, the first of which is ``first_step`` of all."""
+
+    data: ResidentData
+    plan: EpochPlan
+    batch_size: int
+    first_step: int
+    steps: int
+
+    def span(self, at: int) -> tuple[int, int]:
+        """Return the positions at which the ``at``-th batch begins and ends."""
+        start = at * self.batch_size
+        return start, min(start + self.batch_size, len(self.data))
 
 
 class EagerEngine:
@@ -53,29 +78,29 @@ class EagerEngine:
         """Return the learning rate of the ``step``-th step of the training (from 0)."""
         return self.base_lr * self.schedule(step)
 
-    def train_step(
-        self, data: ResidentData, plan: EpochPlan, start: int, stop: int, step: int
-    ) -> None:
-        """Take step ``step`` on the positions ``start`` to ``stop`` of the epoch."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
-        inputs, labels = data.batch(plan, *self.crew.share(start, stop))
-        with self._autocast():
-            logits = self._network(inputs)
-        loss = F.cross_entropy(logits.float(), labels)
-        self.optimizer.zero_grad()
-        # The processes' gradients are averaged: weighted so, every image counts the same.
-        weight = self.crew.size * len(labels) / (stop - start)
-        (loss if weight == 1 else weight * loss).backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self._count(loss.detach() * len(labels), logits.detach(), labels)
+    def train_steps(self, epoch: Epoch, at: int, most: int) -> int:
+        """Take from the ``at``-th step of the epoch on at most ``most``; return how many it took.
 
-    @torch.inference_mode()
+        At least one, and here not more.
+        """
+        start, stop = epoch.span(at)
+        # In float32, as a fused step on a GPU reads it.
+        lr = float(np.float32(self.learning_rate(epoch.first_step + at)))
+        inputs, labels = epoch.data.batch(epoch.plan, slice(*self.crew.share(start, stop)))
+        # The processes' gradients are averaged: weighted so, every image counts the same.
+        self._learn(inputs, labels, lr, weight=self.crew.size * len(labels) / (stop - start))
+        return 1
+
     def evaluate(self, data: ResidentData) -> tuple[float, int]:
         """Return the summed loss and the number of errors over every image once, in eval mode.
 
         Several processes share the chunks, all with the running statistics of rank 0.
         """
+        self._evaluate(data)
+        return self.take_totals()
+
+    @torch.inference_mode()
+    def _evaluate(self, data: ResidentData) -> None:
         self.crew.adopt(list(self.model.buffers()))
         self.model.eval()
         first, every = self.crew.rank * EVALUATION_CHUNK, self.crew.size * EVALUATION_CHUNK
@@ -85,7 +110,6 @@ class EagerEngine:
                 logits = self.model(inputs)
             self._count(F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels)
         self.model.train()
-        return self.take_totals()
 
     def totals(self) -> tuple[float, int]:
         """Return the summed loss and the number of errors so far; waits for the device."""
@@ -102,12 +126,143 @@ class EagerEngine:
         self.loss_sum.fill_(loss_sum)
         self.wrong.fill_(wrong)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of model and optimizer."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict` of any engine: settings are the own optimizer's."""
+        self.model.load_state_dict(state["model"])
+        own = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({**own, "state": state["optimizer"]["state"]})
+
+    def _learn(self, inputs: Tensor, labels: Tensor, lr: float | Tensor, weight: float = 1) -> None:
+        """Take a step on a batch: forward, loss, backward, optimizer, totals."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with self._autocast():
+            logits = self._network(inputs)
+        loss = F.cross_entropy(logits.float(), labels)
+        self.optimizer.zero_grad()
+        (loss if weight == 1 else weight * loss).backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self._count(loss.detach() * len(labels), logits.detach(), labels)
+
     def _count(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
         self.loss_sum += loss_sum
         self.wrong += (logits.argmax(dim=1) != labels).sum()
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        # Every weight is used once a pass, and what a cache keeps a CUDA graph would not renew.
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False
+        )
+
+
+class GraphEngine(EagerEngine):
+    """Several steps as one CUDA graph, to the bit what `EagerEngine` computes.
+
+    A step reads where it is, its images and its learning rate from tensors, so that it can be
+    replayed. `STEPS_A_GRAPH` steps are one graph; what an epoch or a check leaves over, its last,
+    partial batch and the evaluation have graphs of their own. Where a step cannot be captured the
+    training goes on without (``name`` then says so), and one line says why.
+    """
+
+    name = "graph"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        base_lr: float,
+        schedule: Schedule,
+        precision: str,
+        device: torch.device,
+        recorder: Recorder | None = None,
+    ) -> None:
+        super().__init__(model, optimizer, base_lr, schedule, precision, device)
+        for group in optimizer.param_groups:
+            if "capturable" in group:
+                group["capturable"] = True
+        self._recorder = recorder or CudaGraphs(device)
+        self._programs: dict[tuple[Any, ...], Program] = {}
+        self._epoch: Epoch | None = None
+        self._plan: EpochPlan  # of the epoch, at addresses that stay
+        self._rates: Tensor  # of the steps of an epoch (float32)
+        self._at = torch.zeros(1, dtype=torch.int64, device=device)  # step within the epoch
+        self._lr = torch.zeros((), dtype=torch.float32, device=device)
+
+    def train_steps(self, epoch: Epoch, at: int, most: int) -> int:
+        """Take steps as `EagerEngine.train_steps`, up to `STEPS_A_GRAPH` of them."""
+        if self.name != GraphEngine.name:
+            return super().train_steps(epoch, at, most)
+        if epoch is not self._epoch:
+            self._enter(epoch, at)
+        start, stop = epoch.span(at)
+        whole = len(epoch.data) // epoch.batch_size - at  # batches left that are not partial
+        steps = STEPS_A_GRAPH if min(most, whole) >= STEPS_A_GRAPH else 1
+
+        def work() -> None:
+            for _ in range(steps):
+                self._step(epoch.data, epoch.batch_size, stop - start)
+
+        self._run(("train", steps, stop - start), work)
+        return steps
+
+    def evaluate(self, data: ResidentData) -> tuple[float, int]:
+        """Return the summed loss and the number of errors as `EagerEngine.evaluate`."""
+        if self.name != GraphEngine.name:
+            return super().evaluate(data)
+        self._run(("evaluate", data), lambda: self._evaluate(data))
+        return self.take_totals()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`, with fresh graphs: the moments have new addresses."""
+        super().load_state_dict(state)
+        self._programs.clear()
+        self._epoch = None
+
+    def _run(self, key: tuple[Any, ...], work: Callable[[], None]) -> None:
+        if key not in self._programs:
+            self._programs[key] = Program(work, self._recorder, self._state, self.device)
+        try:
+            self._programs[key]()
+        except RecordingError as error:
+            log.warning("engine=graph: %s; going on with engine=%s", error, EagerEngine.name)
+            self.name = EagerEngine.name
+            self._programs.clear()
+
+    def _enter(self, epoch: Epoch, at: int) -> None:
+        """Put into place what the steps of the epoch read."""
+        rates = [self.learning_rate(epoch.first_step + step) for step in range(epoch.steps)]
+        if self._epoch is None:
+            steps = math.ceil(len(epoch.data) / epoch.batch_size)
+            self._rates = torch.zeros(steps, dtype=torch.float32, device=self.device)
+            self._plan = epoch.plan
+        else:
+            self._plan.copy_(epoch.plan)
+        self._rates[: epoch.steps] = torch.tensor(rates, dtype=torch.float32)
+        self._at.fill_(at)
+        self._epoch = epoch
+
+    def _step(self, data: ResidentData, batch_size: int, count: int) -> None:
+        """Take the step that ``_at`` says, on ``count`` images, and count on."""
+        positions = self._at * batch_size + torch.arange(count, device=self.device)
+        inputs, labels = data.batch(self._plan, positions)
+        self._lr.copy_(self._rates[self._at][0])
+        self._learn(inputs, labels, self._lr)
+        self._at += 1
+
+    def _state(self) -> list[Tensor]:
+        """Return all that a step or an evaluation changes."""
+        moments = [
+            value
+            for state in self.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        ]
+        model = [*self.model.parameters(), *self.model.buffers()]
+        return [*model, *moments, self.loss_sum, self.wrong, self._at, self._lr]
 
 
 def _averaging_gradients(model: nn.Module) -> DistributedDataParallel:

@@ -21,7 +21,6 @@ from gnbench import devices, distributed, runs, signals
 from gnbench.config import ConfigError, digest, run_id
 from gnbench.datasets import Dataset
 from gnbench.distributed import Crew
-from gnbench.engine import EagerEngine
 from gnbench.experiment import build_training, check_run, load_dataset, must_drop_last
 from gnbench.presence import Presence
 from gnbench.signals import Interrupted
@@ -151,12 +150,13 @@ def _carry_out(
         "result": None,
         "versions": runs.versions(),
         "device": devices.describe_device(device),
-        "engine": EagerEngine.name,
+        "engine": None,  # until it is known
         "started": runs.now(),
         "seconds": 0.0,
         "peak_memory_bytes": None,
     }
     place.write_record(record)
+    training: Training | None = None
     seconds_before = 0.0
 
     def elapsed() -> float:
@@ -166,6 +166,7 @@ def _carry_out(
         record.update(
             status=status,
             error=error,
+            engine=training and training.engine.name,
             result=runs.result(place.rows(), diverged=status == "diverged"),
             seconds=round(elapsed(), 3),
             peak_memory_bytes=devices.peak_memory_bytes(device),

@@ -25,7 +25,7 @@ from gnbench.batches import ResidentData
 from gnbench.config import ConfigError, check, conf_dir, is_number, one_line
 from gnbench.datasets import Dataset, balanced_subset
 from gnbench.devices import choose_device, flush_denormals
-from gnbench.engine import EagerEngine
+from gnbench.engine import EagerEngine, GraphEngine
 from gnbench.training import Training, steps_per_epoch
 
 log = logging.getLogger(__name__)
@@ -166,17 +166,19 @@ def build_training(
     )
     drop_last = must_drop_last(config)
     total_steps, schedule_epoch = training_length(config, drop_last)
-    engine = EagerEngine(
+    parts = (
         model,
         build_optimizer(config, model),
         base_lr(config),
         build_schedule(config, total_steps, schedule_epoch),
         config.precision,
         device,
-        crew,
     )
+    graph = config.engine == GraphEngine.name
+    if graph and crew.size > 1:
+        log.warning("engine=graph: not for a run on several processes; going on with engine=eager")
     return Training(
-        engine,
+        GraphEngine(*parts) if graph and crew.size == 1 else EagerEngine(*parts, crew),
         train,
         test,
         batch_size=config.batch_size * config.processes,
@@ -241,7 +243,11 @@ def check_run(config: DictConfig) -> None:
             f"processes={config.processes}: this is one of {distributed.world_size()}; start "
             f"torchrun --nproc-per-node={config.processes} -m gnbench and leave processes alone"
         )
-    choose_device(config.device)
+    device = choose_device(config.device)
+    if config.engine == GraphEngine.name and device.type != "cuda":
+        raise ConfigError(
+            f"engine=graph: CUDA graphs need a GPU and this run is on {device}; choose engine=eager"
+        )
     error = _objection(config, config.batch_size)
     if error is not None:
         raise _config_error(config, "model", "norm", "batch_size", error=error)

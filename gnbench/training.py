@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gnbench.batches import ResidentData, draw_epoch
-from gnbench.engine import EagerEngine
+from gnbench.engine import EagerEngine, Epoch
 
 DIVERGENCE_CHECK = 128  # steps between two looks at the loss, each of which waits for the device
 
@@ -87,24 +87,34 @@ class Training:
         """
         while self.position.step < self.total_steps and not self.diverged:
             at = self.position
-            plan = draw_epoch(self.seed, at.epoch, len(self.train), self.augmentation)
-            plan = plan.to(self.engine.device)
+            epoch = self._begin_epoch()
             resumed_after = at.epoch_seconds
             started = time.perf_counter()
-            last = min(self.steps_per_epoch, at.epoch_step + self.total_steps - at.step)
-            while at.epoch_step < last and not self.diverged:
-                start = at.epoch_step * self.batch_size
-                stop = min(start + self.batch_size, len(self.train))
-                self.engine.train_step(self.train, plan, start, stop, at.step)
-                at.step += 1
-                at.epoch_step += 1
-                at.seen += stop - start
-                if at.step % DIVERGENCE_CHECK == 0 or at.epoch_step == last:
+            while at.epoch_step < epoch.steps and not self.diverged:
+                until_check = DIVERGENCE_CHECK - at.step % DIVERGENCE_CHECK
+                most = min(until_check, epoch.steps - at.epoch_step)
+                taken = self.engine.train_steps(epoch, at.epoch_step, most)
+                at.step += taken
+                at.epoch_step += taken
+                at.seen = epoch.span(at.epoch_step - 1)[1]
+                if at.step % DIVERGENCE_CHECK == 0 or at.epoch_step == epoch.steps:
                     self.diverged = not math.isfinite(self.engine.totals()[0])
                 at.epoch_seconds = resumed_after + time.perf_counter() - started
-                if at.epoch_step < last and not self.diverged:
+                if at.epoch_step < epoch.steps and not self.diverged:
                     yield None
             yield self._end_epoch()
+
+    def _begin_epoch(self) -> Epoch:
+        at = self.position
+        plan = draw_epoch(self.seed, at.epoch, len(self.train), self.augmentation)
+        first_step = at.step - at.epoch_step
+        return Epoch(
+            self.train,
+            plan.to(self.engine.device),
+            self.batch_size,
+            first_step,
+            steps=min(self.steps_per_epoch, self.total_steps - first_step),
+        )
 
     def _end_epoch(self) -> Row:
         at = self.position
@@ -143,8 +153,7 @@ class Training:
         return {
             "position": asdict(self.position),
             "diverged": self.diverged,
-            "model": self.engine.model.state_dict(),
-            "optimizer": self.engine.optimizer.state_dict(),
+            **self.engine.state_dict(),
             "processes": self.engine.crew.gather(own),
         }
 
@@ -152,8 +161,7 @@ class Training:
         """Continue from a `state_dict` of a training with the same settings."""
         self.position = Position(**state["position"])
         self.diverged = state["diverged"]
-        self.engine.model.load_state_dict(state["model"])
-        self.engine.optimizer.load_state_dict(state["optimizer"])
+        self.engine.load_state_dict(state)
         own = state["processes"][self.engine.crew.rank]
         self.engine.set_totals(own["loss_sum"], own["wrong"])
         torch.set_rng_state(own["rng"])

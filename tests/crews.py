@@ -10,6 +10,7 @@ from torch import nn
 
 from gnbench import distributed
 from gnbench.batches import draw_epoch
+from gnbench.engine import Epoch
 from gnbench.experiment import build_training, compose, load_dataset
 from gnbench.norms import SyncBatchNorm
 from tests import faults, tiny
@@ -61,12 +62,12 @@ def _member(answers, function, rank, size, port, kept, arguments):
         dist.destroy_process_group()
 
 
-def gradients(rank, size, overrides, start, stop):
-    """Return the gradients and running statistics after one step on a part of the first epoch."""
+def gradients(rank, size, overrides, images):
+    """Return the gradients and running statistics after one step on the first images."""
     config = compose(*tiny.OVERRIDES, f"batch_size={16 // size}", *overrides)
     training = build_training(config, load_dataset(config))
     plan = draw_epoch(0, 0, 48, "flip")
-    training.engine.train_step(training.train, plan, start, stop, 0)
+    training.engine.train_steps(Epoch(training.train, plan, images, first_step=0, steps=1), 0, 1)
     model = training.engine.model
     loss, wrong = training.engine.totals()
     return {

@@ -43,7 +43,7 @@ def test_a_plan_shows_every_image_once_and_draws_fairly():
 
 def test_batches_follow_the_order(data):
     order = torch.tensor([4, 2, 0, 1, 3, 5])
-    inputs, labels = data.batch(EpochPlan(order, None, None), 1, 4)
+    inputs, labels = data.batch(EpochPlan(order, None, None), slice(1, 4))
     assert labels.tolist() == [2, 0, 1]
     assert torch.equal(pixels(inputs), data.images[[2, 0, 1]])
 
@@ -58,7 +58,7 @@ def test_normalization_against_hand_arithmetic(data):
 
 def test_flip_mirrors_left_to_right_only_where_drawn(data):
     flip = torch.tensor([True, False, True, False, False, False])
-    inputs, _ = data.batch(EpochPlan(torch.arange(6), flip, None), 0, 3)
+    inputs, _ = data.batch(EpochPlan(torch.arange(6), flip, None), slice(3))
     expected = data.images[:3].clone()
     expected[0], expected[2] = expected[0].flip(1), expected[2].flip(1)
     assert torch.equal(pixels(inputs), expected)
@@ -66,7 +66,7 @@ def test_flip_mirrors_left_to_right_only_where_drawn(data):
 
 def test_shift_is_a_crop_of_the_padded_image(data):
     shift = torch.tensor([[-PAD, PAD], [0, 0], [2, -3], [0, 0], [0, 0], [0, 0]])
-    inputs, _ = data.batch(EpochPlan(torch.arange(6), None, shift), 0, 3)
+    inputs, _ = data.batch(EpochPlan(torch.arange(6), None, shift), slice(3))
     padded = torch.zeros(3, 8 + 2 * PAD, 8 + 2 * PAD, 3, dtype=torch.uint8)
     padded[:, PAD:-PAD, PAD:-PAD] = data.images[:3]
     for image, (down, right) in enumerate(shift[:3].tolist()):

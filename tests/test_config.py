@@ -162,7 +162,7 @@ BAD = {
     "batch=fixed_steps batch.reference_size=60000 schedule.warmup_epochs=30": "warmup_epochs=30",
     "optimizer.decay_norm_and_bias=some": "choose one of true, false",
     "precision=fp16": "precision=fp16: choose one of fp32, bf16",
-    "engine=warp": "engine=warp: choose one of auto, eager",
+    "engine=warp": "engine=warp: choose one of auto, eager, graph",
     "device=tpu": "device=tpu: choose one of auto, cpu, cuda, cuda:N",
     "device=cuda:77": "device=cuda:77: this machine has . CUDA devices",
     "progress=loud": "progress=loud: choose one of auto, bar, lines",

@@ -37,8 +37,8 @@ def flat(numbers):
 def test_the_gradients_are_those_of_one_process_with_the_joint_batch(norm, images):
     """Float32; the bound is for sums in another order. 11 images are 6 and 5."""
     overrides = (f"norm={norm}", "model.init=he")
-    [alone] = crews.together(crews.gradients, 1, overrides, 0, images)
-    both = crews.together(crews.gradients, 2, overrides, 0, images)
+    [alone] = crews.together(crews.gradients, 1, overrides, images)
+    both = crews.together(crews.gradients, 2, overrides, images)
     for member in both:
         assert member.keys() == alone.keys()
         assert difference(flat(member), flat(alone)) < 1e-5
@@ -50,8 +50,8 @@ def test_the_gradients_are_those_of_one_process_with_the_joint_batch(norm, image
 
 def test_plain_batch_norm_normalizes_over_each_process_alone():
     """As Wu & He do; so its gradients are not those of the joint batch."""
-    [alone] = crews.together(crews.gradients, 1, ("norm=bn",), 0, 16)
-    one, other = crews.together(crews.gradients, 2, ("norm=bn",), 0, 16)
+    [alone] = crews.together(crews.gradients, 1, ("norm=bn",), 16)
+    one, other = crews.together(crews.gradients, 2, ("norm=bn",), 16)
     weight = "features.0.0.weight"
     assert difference(one[weight], other[weight]) == 0  # averaged
     assert difference(one[weight], alone[weight]) > 0.05

@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -60,7 +61,7 @@ def test_a_sign_is_fresh_while_its_process_can_be_alive(changes, fresh):
     assert sign(**changes).is_fresh() is fresh
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no /proc on this system")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc on this system")
 def test_a_killed_process_that_nobody_has_waited_for_is_dead():
     with subprocess.Popen([sys.executable, "-c", "print()"], stdout=subprocess.PIPE) as child:
         child.stdout.read()

@@ -156,13 +156,13 @@ def test_the_partial_batch_is_used_and_counted(tiny_config):
     training = start(tiny_config("batch_size=10", "epochs=2"))
     assert training.steps_per_epoch == 5
     seen = []
-    take = training.engine.train_step
+    take = training.engine.train_steps
 
-    def spy(data, plan, begin, end, step):
-        seen.append(plan.order[begin:end])
-        take(data, plan, begin, end, step)
+    def spy(epoch, at, most):
+        seen.append(epoch.plan.order[slice(*epoch.span(at))])
+        return take(epoch, at, most)
 
-    training.engine.train_step = spy
+    training.engine.train_steps = spy
     one, two = rows(training)
     assert [len(batch) for batch in seen] == [10, 10, 10, 10, 8] * 2
     assert torch.equal(torch.cat(seen[:5]).sort().values, torch.arange(48))
