@@ -32,7 +32,7 @@ from gnbench.config import CHOICES, ConfigError, check_integer, conf_dir, is_num
 if TYPE_CHECKING:  # imports torch: not for --help
     from collections.abc import Iterator
 
-    from gnbench.contenders import Copying, Matmul
+    from gnbench.contenders import Bookkeeping, Copying, Matmul
 
 PLAIN = "plain"  # the contender that is no engine of gnbench
 PAUSE = 0.05  # seconds between two contenders, for the threads of one to fall asleep
@@ -118,6 +118,7 @@ class Team:
         self.first_step_seconds = max(report.first_step_seconds for report in reports)
         self.device: str = reports[0].device
         self.memory: int | None = None  # peak in bytes, once it has been asked for
+        self.bookkeeping: Bookkeeping | None = None  # of an engine, likewise
 
     def ask(self, order: str, argument: object = None) -> list[Any]:
         """Give all processes the order at once and wait for what they answer."""
@@ -136,10 +137,12 @@ class Team:
         done = sum(self.ask("take", count))
         return float(done / (time.perf_counter() - began))
 
-    def ask_for_memory(self) -> None:
-        """Learn what the processes of all runs took at most; unknown on some systems."""
+    def ask_for_costs(self) -> None:
+        """Learn the peak memory of all runs, unknown on some systems, and their bookkeeping."""
         peaks = self.ask("memory")
         self.memory = None if None in peaks else sum(peaks)
+        if self.contender.engine != PLAIN:
+            self.bookkeeping = max(self.ask("bookkeeping"), key=lambda found: found.epoch_seconds)
 
     def _answer(self, connection: Connection) -> Any:
         try:
@@ -266,7 +269,7 @@ def measure(
         bar.update()
         rates = take_turns({**teams, **_hardware(case, config)}, config, bar)
         for team in teams.values():
-            team.ask_for_memory()
+            team.ask_for_costs()
     return teams, rates
 
 
@@ -307,12 +310,17 @@ def _hardware(case: Case, config: DictConfig) -> dict[str, Hardware]:
 
 
 def compare(
-    case: Case, teams: Mapping[Contender, Any], rates: Mapping[Any, Sequence[float]], flops: float
+    case: Case,
+    teams: Mapping[Contender, Any],
+    rates: Mapping[Any, Sequence[float]],
+    flops: float,
+    pause: float,
 ) -> list[dict[str, Any]]:
     """Return a row for every contender; ratios are medians of those of the rounds.
 
-    ``flops`` are those of a step. The limit is the longer of two times: for as many FLOPs in a
-    product of large matrices, and for one copy of the weights and Adam's moments.
+    ``flops`` are those of a step, ``pause`` the seconds between two checkpoints. The limit is the
+    longer of two times: for as many FLOPs in a product of large matrices, and for one copy of the
+    weights and Adam's moments.
     """
     from gnbench.contenders import MATMUL_FLOPS
 
@@ -337,6 +345,8 @@ def compare(
                 "speedup_max": max(ratios),
                 "limit_ms_per_step": 1000 * median(limits),
                 "limit_fraction": median(a * b for a, b in zip(own, limits, strict=True)),
+                "overhead": team.bookkeeping
+                and team.bookkeeping.share(median(own) / contender.runs, pause),
                 "peak_memory_bytes": team.memory,
                 "startup_seconds": team.startup_seconds,
                 "first_step_seconds": team.first_step_seconds,
@@ -351,18 +361,19 @@ def table(case: Case, rows: Sequence[Mapping[str, Any]]) -> str:
         "",
         str(case),
         f"  {'':<14}{'threads':>7}{'images/s':>10}{'ms/step':>9}{'× plain':>9}{'(range)':>14}"
-        f"{'of limit':>10}{'memory':>12}{'start':>8}{'1st step':>10}",
+        f"{'of limit':>10}{'overhead':>10}{'memory':>12}{'start':>8}{'1st step':>10}",
     ]
     for row in rows:
         name = str(Contender(row["engine"], row["precision"], row["runs"]))
+        overhead = "–" if row["overhead"] is None else f"{row['overhead']:.1%}"
         peak = row["peak_memory_bytes"]
         memory = "–" if peak is None else f"{peak / 2**20:,.0f} MiB"
         spread = f"({row['speedup_min']:.2f}–{row['speedup_max']:.2f})"
         lines.append(
             f"  {name:<14}{row['threads']:>7}{row['images_per_second']:>10,.0f}"
             f"{row['ms_per_step']:>9.2f}{row['speedup']:>9.2f}{spread:>14}"
-            f"{row['limit_fraction']:>10.0%}{memory:>12}{row['startup_seconds']:>6.1f} s"
-            f"{row['first_step_seconds']:>8.1f} s"
+            f"{row['limit_fraction']:>10.0%}{overhead:>10}{memory:>12}"
+            f"{row['startup_seconds']:>6.1f} s{row['first_step_seconds']:>8.1f} s"
         )
     return "\n".join(lines)
 
@@ -437,8 +448,9 @@ def bench(config: DictConfig, command: str) -> bool:
                 failures.append(f"{case}: {error}")
             else:
                 about["device"] = next(iter(teams.values())).device
-                flops = count_flops(compose(*overrides(case, config.precisions[0], config)))
-                found = compare(case, teams, rates, flops)
+                composed = compose(*overrides(case, config.precisions[0], config))
+                pause = composed.checkpoint_seconds
+                found = compare(case, teams, rates, count_flops(composed), pause)
                 with bar.external_write_mode(file=sys.stdout):
                     print(table(case, found), flush=True)
                 rows += found

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import tempfile
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from multiprocessing import active_children, get_all_start_methods
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +28,11 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from gnbench import cli, devices
+from gnbench import cli, devices, execution, runs
+from gnbench.batches import ResidentData
 from gnbench.config import one_line
 from gnbench.datasets import Dataset
+from gnbench.engine import STEPS_A_GRAPH, EagerEngine, Epoch, GraphEngine
 from gnbench.experiment import (
     OWN_KEYS,
     build_model,
@@ -34,12 +41,15 @@ from gnbench.experiment import (
     load_dataset,
     must_drop_last,
 )
+from gnbench.signals import Stop
+from gnbench.training import Position
 
 DATA_WORKERS = 2  # of the plain loop, but no more than it has threads
 PREFETCH = 2  # batches that each of them holds ready
 MATMUL_SIZE = 2048  # rows and columns of the matrices by whose product the hardware is measured
 MATMUL_FLOPS = 2 * MATMUL_SIZE**3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BOOKKEEPING_ROUNDS = 3  # in each of which an epoch without steps is gone through twice
 ADAM_MOMENTS = 2  # numbers that Adam keeps for a parameter
 
 
@@ -134,6 +144,7 @@ class EngineLoop:
         dataset = replace(
             dataset, test_images=dataset.test_images[:1], test_labels=dataset.test_labels[:1]
         )
+        self.config = config
         self.training = build_training(config, dataset)
         self._calls = self.training.run()
 
@@ -149,6 +160,74 @@ class EngineLoop:
     def load(self, path: Path) -> None:
         """Continue with weights and moments that a plain loop saved."""
         _load(self.training.engine.model, self.training.engine.optimizer, path)
+
+    def bookkeeping(self, nothing: None) -> Bookkeeping:
+        """Measure what `gnbench.execution` adds to the training, with a bar on a terminal."""
+        idle = copy.copy(self.training)
+        idle.engine = cast(EagerEngine, _Idle(self.training.engine))
+        idle.total_steps = idle.steps_per_epoch
+        config = self.config.copy()
+        config.progress = "bar"
+        added, saving = [], []
+        with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
+            place = runs.Run(folder)
+            with place.locked() as presence, redirect_stderr(nowhere):
+                for _ in range(BOOKKEEPING_ROUNDS):
+                    idle.position = Position()
+                    bare = _seconds(lambda: deque(idle.run(), maxlen=0))
+                    idle.position = Position()
+                    driven = _seconds(
+                        lambda: execution.drive(
+                            config, place, idle, [], presence, Stop(), time.monotonic
+                        )
+                    )
+                    added.append(driven - bare)
+                    saving.append(
+                        _seconds(lambda: place.save_checkpoint(self.training.state_dict()))
+                    )
+        return Bookkeeping(idle.steps_per_epoch, median(added), median(saving))
+
+
+@dataclass(frozen=True)
+class Bookkeeping:
+    """What a run adds to its training: seconds an epoch of so many steps, seconds a checkpoint."""
+
+    steps: int
+    epoch_seconds: float
+    checkpoint_seconds: float
+
+    def share(self, steps_per_second: float, pause: float) -> float:
+        """Return it as a fraction of the training, with ``pause`` seconds between checkpoints."""
+        pause = max(pause, self.checkpoint_seconds / execution.CHECKPOINT_SHARE)
+        return self.epoch_seconds * steps_per_second / self.steps + self.checkpoint_seconds / pause
+
+
+class _Idle:
+    """An engine that is called as often as another one, and does nothing."""
+
+    def __init__(self, other: EagerEngine) -> None:
+        self._steps = STEPS_A_GRAPH if other.name == GraphEngine.name else 1
+        self.device = other.device
+        self.crew = other.crew
+        self.learning_rate = other.learning_rate
+        self.wrong = torch.zeros((), device=other.device)
+
+    def train_steps(self, epoch: Epoch, at: int, most: int) -> int:
+        return min(self._steps, most)
+
+    def totals(self) -> tuple[float, int]:
+        return 0.0, 0
+
+    take_totals = totals
+
+    def evaluate(self, data: ResidentData) -> tuple[float, int]:
+        return 0.0, 0
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
 
 
 class Matmul:
@@ -218,8 +297,9 @@ def serve(
     """Build the training of ``engine``, or the plain loop (None), and do as told until hung up on.
 
     Orders: ``("take", count)`` is answered by the number of steps taken, ``("save", path)`` and
-    ``("load", path)`` by None, ``("memory", None)`` by the peak memory in bytes. The first answer
-    is a `Report`; ``began`` is the time (`time.time`) at which the process was started.
+    ``("load", path)`` by None, ``("memory", None)`` by the peak memory in bytes and, by an engine,
+    ``("bookkeeping", None)`` by a `Bookkeeping`. The first answer is a `Report`; ``began`` is the
+    time (`time.time`) at which the process was started.
     """
     with suppress(BrokenPipeError):  # hung up on before an answer
         try:

@@ -29,7 +29,7 @@ from gnbench.training import Row, Training
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = 1
-CHECKPOINT_SHARE = 0.02  # of the time may go into checkpoints
+CHECKPOINT_SHARE = 0.01  # of the time may go into checkpoints
 
 
 def run(config: DictConfig, directory: str | Path | None = None) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _carry_out(
             seconds_before = state["seconds"]
             log.info("%s resumes after step %d", run_id(config), training.position.step)
         _announce(config, training)
-        _train(config, place, training, rows, presence, stop, elapsed)
+        drive(config, place, training, rows, presence, stop, elapsed)
         place.save_model(training.engine.model.state_dict())
     except KeyboardInterrupt:
         with suppress(runs.WriteError):
@@ -277,7 +277,7 @@ def _stoppable(
             raise Interrupted(number)
 
 
-def _train(
+def drive(
     config: DictConfig,
     place: runs.Run,
     training: Training,
@@ -286,7 +286,14 @@ def _train(
     stop: signals.Stop,
     elapsed: Callable[[], float],
 ) -> None:
-    """Drive the training: rows to the metrics, progress shown, checkpoints to the disk."""
+    """Train to the end: rows to the metrics, progress shown, checkpoints to the disk.
+
+    ``rows`` are those of the epochs before; ``elapsed`` tells the seconds spent on the run so far.
+
+    Raises:
+        Interrupted: after a signal, with a checkpoint saved.
+        WriteError: if the directory cannot be written.
+    """
     saved, cost = time.monotonic(), 0.0
     presence.total_steps = training.total_steps
 

@@ -1,5 +1,6 @@
 """The benchmark's arithmetic and bookkeeping; never its times."""
 
+import copy
 import io
 import json
 import os
@@ -15,11 +16,12 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from gnbench import bench
+from gnbench import bench, contenders
 from gnbench.bench import Case, Contender, ContenderError, Team, compare, take_turns
-from gnbench.contenders import MATMUL_FLOPS, EngineLoop, PlainLoop, count_flops
+from gnbench.contenders import MATMUL_FLOPS, Bookkeeping, EngineLoop, PlainLoop, count_flops
 from gnbench.experiment import compose
 from gnbench.figure import draw_speed
+from gnbench.runs import Run
 from tests import tiny
 from tests.conftest import started
 
@@ -52,6 +54,7 @@ def test_every_contender_is_timed_and_compared(cli, tmp_path):
     throughput = 1000 * rows["batch_size"] / rows["ms_per_step"]
     assert throughput.tolist() == pytest.approx(rows["images_per_second"].tolist())
     assert (rows["peak_memory_bytes"] > 50 * 2**20).all()
+    assert rows["overhead"].isna().tolist() == [True, False, False]
     rounds = pd.read_csv(folder / "bench_rounds.csv")
     assert rounds.groupby("who")["round"].apply(list).to_dict() == {
         str(key): [1, 2] for key in [*(Contender(*c) for c in found), "bf16", "copy"]
@@ -70,20 +73,53 @@ def test_every_contender_is_timed_and_compared(cli, tmp_path):
 def test_ratios_are_medians_of_the_rounds_and_the_limit_is_the_longer_time():
     case = Case("cifar10", "simplenetv2", "gn", 4)
     plain, engine = Contender("plain", "fp32"), Contender("eager", "fp32", 2)
-    team = SimpleNamespace(threads=1, memory=7, startup_seconds=3.0, first_step_seconds=0.5)
+    team = SimpleNamespace(
+        threads=1,
+        memory=7,
+        startup_seconds=3.0,
+        first_step_seconds=0.5,
+        bookkeeping=Bookkeeping(steps=1000, epoch_seconds=0.1, checkpoint_seconds=0.25),
+    )
     rates = {
         plain: [10.0, 5.0, 10.0],  # the machine was slow in the second round
         engine: [30.0, 20.0, 50.0],
         "fp32": [100.0, 50.0, 100.0],
         "copy": [200.0, 40.0, 200.0],
     }
-    first, second = compare(case, {plain: team, engine: team}, rates, flops=MATMUL_FLOPS)
+    first, second = compare(case, {plain: team, engine: team}, rates, flops=MATMUL_FLOPS, pause=50)
     assert first["speedup"] == first["speedup_min"] == first["speedup_max"] == 1
     assert (second["speedup_min"], second["speedup"], second["speedup_max"]) == (3, 4, 5)
     assert second["images_per_second"] == 120
     assert second["ms_per_step"] == pytest.approx(1000 / 30)
     assert second["limit_ms_per_step"] == pytest.approx(10)  # 10, 25 (the copy) and 10 ms
     assert second["limit_fraction"] == pytest.approx(0.5)  # of 0.3, 0.5 and 0.5
+    # A run takes 15 steps a second: 0.1 s in 1000 of them; 0.25 s in 50.
+    assert second["overhead"] == pytest.approx(0.1 * 15 / 1000 + 0.25 / 50)
+
+
+def test_the_bookkeeping_of_a_run_is_all_that_differs(monkeypatch):
+    """Time passes here at a row and a checkpoint, and nowhere else."""
+    clock = [0.0]
+    append, save = Run.append, Run.save_checkpoint
+
+    def slow_append(self, row):
+        clock[0] += 3.0
+        append(self, row)
+
+    def slow_save(self, state):
+        clock[0] += 5.0
+        save(self, state)
+
+    monkeypatch.setattr(Run, "append", slow_append)
+    monkeypatch.setattr(Run, "save_checkpoint", slow_save)
+    clocks = SimpleNamespace(perf_counter=lambda: clock[0], monotonic=time.monotonic)
+    monkeypatch.setattr(contenders, "time", clocks)
+    loop = EngineLoop(compose(*tiny.OVERRIDES))
+    before = copy.deepcopy(loop.training.state_dict())
+    assert loop.bookkeeping(None) == Bookkeeping(6, 3.0, 5.0)
+    after = loop.training.state_dict()
+    assert all(torch.equal(before["model"][name], after["model"][name]) for name in after["model"])
+    assert after["position"] == before["position"]
 
 
 def test_everyone_has_a_turn_in_every_round(monkeypatch):
