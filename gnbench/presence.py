@@ -22,6 +22,7 @@ BEAT_SECONDS = 10.0
 # Without a sign for so long a run counts as dead. Clocks of machines that share a folder must not
 # differ by more than that.
 SILENCE_SECONDS = 60.0
+EXITING = 0x4  # Linux's PF_EXITING, in the flags of /proc/<pid>/stat
 LOCK, SIGN = ".lock", ".alive"
 
 
@@ -173,6 +174,7 @@ def _exists(pid: int) -> bool:
         return False
     except OSError:  # it is another user's
         pass
-    with suppress(OSError):  # killed, and not yet waited for by its parent: a zombie
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    with suppress(OSError):  # killed, but its end, or that its parent hears of it, takes a while
+        flags = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[6]
+        return not int(flags) & EXITING
     return True
