@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from gnbench.config import ConfigError, run_id
+from gnbench.config import ConfigError, replicas, run_id
 
 _LAZY = {
     "compose": "gnbench.experiment",
@@ -24,7 +24,7 @@ _LAZY = {
     "write_studies": "gnbench.aggregate",
 }
 
-__all__ = ["ConfigError", "run_id", *_LAZY]
+__all__ = ["ConfigError", "replicas", "run_id", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

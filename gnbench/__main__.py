@@ -18,10 +18,10 @@ from gnbench.config import conf_dir
 def app(config: DictConfig) -> float:
     """Carry out one run; return its test error in percent, for sweepers that optimize it.
 
-    In a sweep a failing run is recorded and the others go on.
+    In a sweep, and of several replicas, a failing run is recorded and the others go on.
     """
     directory = HydraConfig.get().runtime.output_dir
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
+    if HydraConfig.get().mode == RunMode.MULTIRUN or config.replicas > 1:
         launchers.enter()
         return sweep.attempt(config, directory)
     from gnbench.execution import run  # imports torch: not for --help

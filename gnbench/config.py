@@ -56,6 +56,7 @@ RANGES: dict[str, tuple[str, float, float]] = {
     "schedule.gamma": ("over", 0, math.inf),
     "checkpoint_seconds": ("from", 0, math.inf),
 }
+MOST_REPLICAS = 1000
 LARGEST = 2**63 - 1  # of the integers that torch takes
 NULLABLE = ("norm.momentum",)  # null: a cumulative average
 DATASET_KEYS = {
@@ -104,6 +105,7 @@ class Config:
     seed: int = MISSING
     precision: str = MISSING
     processes: int = MISSING
+    replicas: int = MISSING
 
     study: str = MISSING
     outputs: str = MISSING
@@ -183,6 +185,17 @@ def processes(config: Mapping[str, Any] | DictConfig) -> int:
     return int(config.get("processes", 1))
 
 
+def replicas(config: DictConfig) -> list[DictConfig]:
+    """Return the runs that a configuration stands for: one for each of its ``replicas`` seeds."""
+    if config.replicas == 1:
+        return [config]
+    runs = []
+    for seed in range(config.seed, config.seed + config.replicas):
+        runs.append(config.copy())
+        runs[-1].seed, runs[-1].replicas = seed, 1
+    return runs
+
+
 def digest(config: Mapping[str, Any] | DictConfig) -> str:
     """Return the SHA-256 of the identity, in hexadecimal."""
     return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
@@ -232,7 +245,8 @@ def check(config: DictConfig) -> None:
             raise ConfigError(f"{key}={value}: choose one of {choices}")
     for key in POSITIVE_INTEGERS:
         check_integer(key, OmegaConf.select(config, key), least=1)
-    check_integer("seed", config.seed, least=0, most=LARGEST)
+    check_integer("replicas", config.replicas, least=1, most=MOST_REPLICAS)
+    check_integer("seed", config.seed, least=0, most=LARGEST + 1 - config.replicas)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
         raise ConfigError(f"device={config.device}: choose one of auto, cpu, cuda, cuda:N")
     betas = config.optimizer.get("betas")

@@ -48,6 +48,10 @@ def run(config: DictConfig, directory: str | Path | None = None) -> dict[str, An
     """
     devices.flush_denormals()  # before torch starts threads
     check_run(config)
+    if config.replicas > 1:
+        raise ConfigError(
+            f"replicas={config.replicas}: this is one run; carry out each of gnbench.replicas(…)"
+        )
     if directory is None:
         directory = Path(config.outputs) / config.study / run_id(config)
     place = runs.Run(directory)
@@ -391,7 +395,7 @@ def _progress(config: DictConfig, training: Training) -> Iterator[Callable[[Row 
             total=training.total_steps,
             initial=first_step,
             unit="step",
-            desc=f"{config.norm.name} bs{config.batch_size}",
+            desc=f"{config.norm.name} bs{config.batch_size} seed{config.seed}",
             disable=not show_bar,
             dynamic_ncols=True,
             mininterval=0.5,

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from gnbench import cli, presence, runs
-from gnbench.config import ConfigError, check_study, run_id
+from gnbench.config import ConfigError, check_study, replicas, run_id
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,16 @@ class Cell:
             batch_size=config["batch_size"],
             seed=config["seed"],
         )
+
+
+def members(config: DictConfig, directory: str) -> list[tuple[DictConfig, str]]:
+    """Return the runs that a configuration stands for, each with its directory.
+
+    ``directory`` is that of the first one; the others' stand beside it.
+    """
+    first, *others = replicas(config)
+    beside = Path(directory).parent
+    return [(first, directory), *((other, str(beside / run_id(other))) for other in others)]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
 from gnbench import distributed, runs, sweep
-from gnbench.config import ConfigError, run_id
+from gnbench.config import ConfigError, replicas, run_id
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,9 @@ def _surviving(launch: Launch) -> Launch:
                 lost.update(at_work or [i for i in group if i not in ended])
                 returns.update((i, _return(s)) for i, s in ended.items())
                 for i in (i for i in group if lost[i] == ATTEMPTS):
-                    sweep.failed[run_id(configs[i])] = f"its worker was killed {ATTEMPTS} times"
+                    state = states[i]
+                    culprit = run_id(state["config"] if state else configs[i])
+                    sweep.failed[culprit] = f"its worker was killed {ATTEMPTS} times"
                     returns[i] = _return(None)
                 log.warning(
                     "gnbench: a worker was killed (out of memory?) and joblib gave up those beside "
@@ -238,12 +240,19 @@ def _config(launcher: Any, overrides: Sequence[str]) -> DictConfig:
 
 
 def _record_since(began: int, config: DictConfig) -> dict[str, Any] | None:
-    """Return the record of a cell if it was written since ``began``."""
-    place = runs.Run(Path(config.hydra.sweep.dir) / run_id(config))
-    try:
-        return place.record() if place.record_path.stat().st_mtime_ns >= began else None
-    except (OSError, runs.DamagedError):
-        return None
+    """Return the record of a cell if it was written since ``began``.
+
+    Of several replicas that of the one under way, or of the last one when all have ended.
+    """
+    found: list[dict[str, Any] | None] = []
+    for one in replicas(config):
+        place = runs.Run(Path(config.hydra.sweep.dir) / run_id(one))
+        try:
+            found.append(place.record() if place.record_path.stat().st_mtime_ns >= began else None)
+        except (OSError, runs.DamagedError):
+            found.append(None)
+    running = [record for record in found if record and record["status"] == "running"]
+    return running[0] if running else found[-1] if all(found) else None
 
 
 def _return(record: dict[str, Any] | None) -> JobReturn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -46,6 +46,8 @@ class CheckBeforeStart(Callback):
             _check([config])
             if distributed.rank() == 0:
                 runs.make_folder(Path(config.hydra.run.dir))
+            if config.replicas > 1:
+                _note_plan(grid.members(config, config.hydra.run.dir))
 
         _or_exit(check)
 
@@ -54,20 +56,21 @@ class CheckBeforeStart(Callback):
         _or_exit(lambda: _plan(config))
 
 
-def note(config: DictConfig, directory: str) -> None:
-    """Note a cell as it starts, for the table of a sweep whose cells were not known before."""
-    cell = Cell.of(config, directory)
-    if cell.run_id not in {c.run_id for c in planned}:
-        planned.append(cell)
-
-
 def attempt(config: DictConfig, directory: str) -> float:
-    """Carry out a cell and return its test error; a failure is noted, and the others go on.
+    """Carry out a cell, all its replicas, and return their mean test error."""
+    errors = [_attempt(one, place) for one, place in grid.members(config, directory)]
+    return sum(errors) / len(errors)
 
-    A cell that another process is training is passed over. With ``wait`` and a launcher that works
+
+def _attempt(config: DictConfig, directory: str) -> float:
+    """Carry out a run and return its test error; a failure is noted, and the others go on.
+
+    A run that another process is training is passed over. With ``wait`` and a launcher that works
     in this process, `return_to_passed_over` waits for it when nothing else is left to do.
     """
-    note(config, directory)
+    cell = Cell.of(config, directory)
+    if cell.run_id not in {c.run_id for c in planned}:  # of a sweeper that chooses as it goes
+        planned.append(cell)
     comes_back = (
         config.wait
         and distributed.world_size() == 1
@@ -139,11 +142,21 @@ def _plan(config: DictConfig) -> None:
     [batch] = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     configs = [loader.load_sweep_config(config, list(cell)) for cell in batch]
     _check(configs)
-    cells = [Cell.of(c, str(Path(c.hydra.sweep.dir) / run_id(c))) for c in configs]
-    planned[:] = dict.fromkeys(cells)
+    if sum(c.replicas for c in configs) > MOST_CELLS:
+        raise ConfigError(f"replicas: a sweep of more than {MOST_CELLS} runs; split it")
+    _note_plan(
+        member
+        for c in configs
+        for member in grid.members(c, str(Path(c.hydra.sweep.dir) / run_id(c)))
+    )
+
+
+def _note_plan(members: Iterable[tuple[DictConfig, str]]) -> None:
+    """Keep in mind which runs the command is to carry out, and note them in their study."""
+    planned[:] = dict.fromkeys(Cell.of(*member) for member in members)
     if distributed.rank() > 0:
         return
-    for study in {Path(cell.directory).parent for cell in cells}:
+    for study in {Path(cell.directory).parent for cell in planned}:
         grid.write_plan(study, [cell for cell in planned if Path(cell.directory).parent == study])
 
 

@@ -155,6 +155,22 @@ def test_joblib_launches_again_what_a_killed_worker_took_with_it(tmp_path, whole
     assert metrics(tmp_path) == whole
 
 
+def test_a_worker_killed_at_a_later_replica_goes_on_there(tmp_path):
+    sweep = Sweep(
+        *(tmp_path, "joblib", "norm=bn,gn", "replicas=2", "epochs=60", TWO["joblib"]),
+        "checkpoint_seconds=0.1",
+    )
+    until, busy = time.monotonic() + 120, {}
+    while not busy and time.monotonic() < until:
+        at_second = {d: pid for d, pid in sweep.workers().items() if "-seed1-" in d.name}
+        busy = {d: pid for d, pid in at_second.items() if (d / "checkpoint.pt").exists()}
+    directory, pid = busy.popitem()
+    os.kill(pid, signal.SIGKILL)
+    out, _ = sweep.end(0)
+    assert table(out) == ["completed"] * 4
+    assert "resumes after step" in (directory / "gnbench.log").read_text()
+
+
 @pytest.mark.parametrize("launcher", PLUGINS)
 def test_only_the_cell_that_kills_its_workers_is_lost(tmp_path, launcher):
     (tmp_path / "deadly.py").write_text(
