@@ -60,15 +60,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Contender:
-    """How it is trained: `PLAIN` or an engine, ``runs`` at a time that share the cores."""
+    """How it is trained: `PLAIN` or an engine, ``runs`` at a time that share the cores.
+
+    ``compiled``: with torch.compile.
+    """
 
     engine: str
     precision: str
     runs: int = 1
+    compiled: bool = False
 
     def __str__(self) -> str:
         together = f" ×{self.runs}" if self.runs > 1 else ""
-        return f"{self.engine} {self.precision}{together}"
+        return f"{self.engine}{' compiled' * self.compiled} {self.precision}{together}"
 
 
 class Player(Protocol):
@@ -201,14 +205,15 @@ def contenders(config: DictConfig) -> list[Contender]:
     from gnbench.devices import choose_device
     from gnbench.engine import EagerEngine, GraphEngine
 
-    engines = [EagerEngine.name]
+    engines = [EagerEngine.kind]
     if choose_device(config.device).type == "cuda":
-        engines.append(GraphEngine.name)
+        engines.append(GraphEngine.kind)
     return [
         *(Contender(PLAIN, precision) for precision in config.precisions),
         *(
-            Contender(engine, precision, count)
+            Contender(engine, precision, count, compiled)
             for engine in engines
+            for compiled in config.compile
             for precision in config.precisions
             for count in config.runs
         ),
@@ -253,6 +258,7 @@ def measure(
             bar.set_postfix_str(f"starting {contender}")
             try:
                 command = overrides(case, contender.precision, config)
+                command += (f"compile={str(contender.compiled).lower()}",)
                 teams[contender] = Team(contender, command, stack)
             except ContenderError as error:
                 if not teams:
@@ -364,7 +370,7 @@ def table(case: Case, rows: Sequence[Mapping[str, Any]]) -> str:
         f"{'of limit':>10}{'overhead':>10}{'memory':>12}{'start':>8}{'1st step':>10}",
     ]
     for row in rows:
-        name = str(Contender(row["engine"], row["precision"], row["runs"]))
+        name = str(Contender(row["engine"], row["precision"], row["runs"], row["compiled"]))
         overhead = "–" if row["overhead"] is None else f"{row['overhead']:.1%}"
         peak = row["peak_memory_bytes"]
         memory = "–" if peak is None else f"{peak / 2**20:,.0f} MiB"
@@ -382,7 +388,8 @@ def check(config: DictConfig) -> None:
     """Raise `ConfigError` for a setting that cannot work, before anything is started."""
     from gnbench.experiment import compose
 
-    for key in ("datasets", "models", "norms", "batch_sizes", "precisions", "runs"):
+    axes = ("datasets", "models", "norms", "batch_sizes", "precisions", "runs", "compile")
+    for key in axes:
         values = list(config[key])
         if not values or len(set(values)) < len(values):
             raise ConfigError(f"{key}={values}: name at least one, and none twice")

@@ -111,6 +111,7 @@ class Config:
     outputs: str = MISSING
     device: str = MISSING
     engine: str = MISSING
+    compile: bool = MISSING
     checkpoint_seconds: float = MISSING
     progress: str = MISSING
     rerun: bool = MISSING
@@ -153,6 +154,7 @@ class BenchConfig:
     batch_sizes: list[int] = MISSING
     precisions: list[str] = MISSING
     runs: list[int] = MISSING
+    compile: list[bool] = MISSING
     device: str = MISSING
     warmup_steps: int = MISSING
     rounds: int = MISSING

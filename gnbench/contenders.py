@@ -206,7 +206,7 @@ class _Idle:
     """An engine that is called as often as another one, and does nothing."""
 
     def __init__(self, other: EagerEngine) -> None:
-        self._steps = STEPS_A_GRAPH if other.name == GraphEngine.name else 1
+        self._steps = STEPS_A_GRAPH if other.kind == GraphEngine.kind else 1
         self.device = other.device
         self.crew = other.crew
         self.learning_rate = other.learning_rate

@@ -49,9 +49,12 @@ class EagerEngine:
     Nothing in a step asks the device for a value: loss and errors add up in ``loss_sum``
     (float64) and ``wrong`` (int64) until `take_totals`. In a crew of several processes each takes
     its share of a batch, and the gradients are those of the mean over the whole batch.
+
+    With ``compiled`` the network goes through torch.compile for its training steps. If that fails
+    the training goes on without, and one line says why. Evaluation is never compiled.
     """
 
-    name = "eager"
+    kind = "eager"
 
     def __init__(
         self,
@@ -61,11 +64,14 @@ class EagerEngine:
         schedule: Schedule,
         precision: str,
         device: torch.device,
+        *,
         crew: Crew | None = None,
+        compiled: bool = False,
     ) -> None:
         self.model = model
         self.crew = crew or Crew()
         self._network = model if self.crew.size == 1 else _averaging_gradients(model)
+        self._compiled = _compile(self._network) if compiled else None
         self.optimizer = optimizer
         self.base_lr = base_lr
         self.schedule = schedule
@@ -73,6 +79,11 @@ class EagerEngine:
         self.bf16 = precision == "bf16"
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.wrong = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def name(self) -> str:
+        """What the engine is called in the record of a run."""
+        return self.kind if self._compiled is None else f"{self.kind} compiled"
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of the ``step``-th step of the training (from 0)."""
@@ -141,12 +152,27 @@ class EagerEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with self._autocast():
-            logits = self._network(inputs)
+            logits = self._forward(inputs)
         loss = F.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad()
         (loss if weight == 1 else weight * loss).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self._count(loss.detach() * len(labels), logits.detach(), labels)
+
+    def _forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor
+        if self._compiled is not None:
+            from torch._dynamo.exc import TorchDynamoException
+
+            try:
+                logits = self._compiled(inputs)
+                return logits
+            except TorchDynamoException as error:  # while compiling: nothing has been computed
+                reason = str(error).strip().partition("\n")[0]
+                log.warning("compile=true: %s; going on without", reason)
+                self._compiled = None
+        logits = self._network(inputs)
+        return logits
 
     def _count(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
         self.loss_sum += loss_sum
@@ -165,10 +191,10 @@ class GraphEngine(EagerEngine):
     A step reads where it is, its images and its learning rate from tensors, so that it can be
     replayed. `STEPS_A_GRAPH` steps are one graph; what an epoch or a check leaves over, its last,
     partial batch and the evaluation have graphs of their own. Where a step cannot be captured the
-    training goes on without (``name`` then says so), and one line says why.
+    training goes on without (``kind`` then says so), and one line says why.
     """
 
-    name = "graph"
+    kind = "graph"
 
     def __init__(
         self,
@@ -178,9 +204,11 @@ class GraphEngine(EagerEngine):
         schedule: Schedule,
         precision: str,
         device: torch.device,
+        *,
         recorder: Recorder | None = None,
+        compiled: bool = False,
     ) -> None:
-        super().__init__(model, optimizer, base_lr, schedule, precision, device)
+        super().__init__(model, optimizer, base_lr, schedule, precision, device, compiled=compiled)
         for group in optimizer.param_groups:
             if "capturable" in group:
                 group["capturable"] = True
@@ -194,7 +222,7 @@ class GraphEngine(EagerEngine):
 
     def train_steps(self, epoch: Epoch, at: int, most: int) -> int:
         """Take steps as `EagerEngine.train_steps`, up to `STEPS_A_GRAPH` of them."""
-        if self.name != GraphEngine.name:
+        if self.kind != GraphEngine.kind:
             return super().train_steps(epoch, at, most)
         if epoch is not self._epoch:
             self._enter(epoch, at)
@@ -211,7 +239,7 @@ class GraphEngine(EagerEngine):
 
     def evaluate(self, data: ResidentData) -> tuple[float, int]:
         """Return the summed loss and the number of errors as `EagerEngine.evaluate`."""
-        if self.name != GraphEngine.name:
+        if self.kind != GraphEngine.kind:
             return super().evaluate(data)
         self._run(("evaluate", data), lambda: self._evaluate(data))
         return self.take_totals()
@@ -228,8 +256,8 @@ class GraphEngine(EagerEngine):
         try:
             self._programs[key]()
         except RecordingError as error:
-            log.warning("engine=graph: %s; going on with engine=%s", error, EagerEngine.name)
-            self.name = EagerEngine.name
+            log.warning("engine=graph: %s; going on with engine=%s", error, EagerEngine.kind)
+            self.kind = EagerEngine.kind
             self._programs.clear()
 
     def _enter(self, epoch: Epoch, at: int) -> None:
@@ -263,6 +291,13 @@ class GraphEngine(EagerEngine):
         ]
         model = [*self.model.parameters(), *self.model.buffers()]
         return [*model, *moments, self.loss_sum, self.wrong, self._at, self._lr]
+
+
+def _compile(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Have torch compile the network at its first use, anew for every size of a batch."""
+    torch.compiler.reset()  # or the runs before this one would count against a limit of torch's
+    compiled: Callable[[Tensor], Tensor] = torch.compile(network, dynamic=False)
+    return compiled
 
 
 def _averaging_gradients(model: nn.Module) -> DistributedDataParallel:

@@ -174,11 +174,14 @@ def build_training(
         config.precision,
         device,
     )
-    graph = config.engine == GraphEngine.name
-    if graph and crew.size > 1:
-        log.warning("engine=graph: not for a run on several processes; going on with engine=eager")
+    graph, compiled = config.engine == GraphEngine.kind, config.compile
+    if crew.size > 1 and (graph or compiled):
+        log.warning("engine=graph and compile=true: not on several processes; going on without")
+        graph = compiled = False
     return Training(
-        GraphEngine(*parts) if graph and crew.size == 1 else EagerEngine(*parts, crew),
+        GraphEngine(*parts, compiled=compiled)
+        if graph
+        else EagerEngine(*parts, crew=crew, compiled=compiled),
         train,
         test,
         batch_size=config.batch_size * config.processes,
@@ -244,7 +247,7 @@ def check_run(config: DictConfig) -> None:
             f"torchrun --nproc-per-node={config.processes} -m gnbench and leave processes alone"
         )
     device = choose_device(config.device)
-    if config.engine == GraphEngine.name and device.type != "cuda":
+    if config.engine == GraphEngine.kind and device.type != "cuda":
         raise ConfigError(
             f"engine=graph: CUDA graphs need a GPU and this run is on {device}; choose engine=eager"
         )

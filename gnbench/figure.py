@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib as mpl
 import pandas as pd
@@ -26,7 +27,7 @@ STYLES = {
 }
 MORE_STYLES = (("#56B4E9", "P"), ("#8C564B", "*"), ("#7F7F7F", "h"))  # for norms of a user's own
 LINES = ("-", "--", "-.", ":")
-ALONE, TOGETHER = "#0072B2", "#D62728"  # one run, several at once
+HUES = ("#000000", "#0072B2", "#D62728", "#009E73", "#CC79A7", "#E69F00")  # of contenders
 MARKERS = ("o", "s", "^", "D", "v", "P", "*", "X")
 BASELINE = "#666666"
 BEYOND_ONE_SEED = 0.18  # opacity of an interval band
@@ -157,21 +158,22 @@ def draw_speed(rows: pd.DataFrame, device: str) -> Figure:
     """
     panels = list(rows.groupby(["dataset", "model", "norm"], sort=False))
     styles = dict(zip(rows["precision"].unique(), LINES, strict=False))
+    ways = rows[["engine", "compiled", "runs"]].drop_duplicates().itertuples(index=False, name=None)
+    hues = dict(zip(ways, itertools.cycle(HUES), strict=False))
     figure, axes = _grid(len(panels), width=4.8, height=4.0)
     for axis, (name, panel) in zip(axes, panels, strict=True):
-        lines = panel.groupby(["engine", "precision", "runs"], sort=False)
-        for index, (_, line) in enumerate(lines):
+        lines = panel.groupby(["engine", "compiled", "precision", "runs"], sort=False)
+        for index, (way, line) in enumerate(lines):
             line = line.sort_values("batch_size")
-            engine, precision, runs = line.iloc[0][["engine", "precision", "runs"]]
-            hue = TOGETHER if runs > 1 else "#000000" if engine == "plain" else ALONE
+            engine, compiled, precision, runs = cast(tuple[str, bool, str, int], way)
             together = f", {runs} at once" if runs > 1 else ""
             axis.plot(
                 line["batch_size"],
                 line["speedup"],
-                color=hue,
+                color=hues[engine, compiled, runs],
                 marker=MARKERS[index % len(MARKERS)],
                 linestyle=styles[precision],
-                label=f"{engine} {precision}{together}",
+                label=f"{engine}{' compiled' * compiled} {precision}{together}",
             )
         first = next(line for _, line in lines).sort_values("batch_size")
         axis.plot(

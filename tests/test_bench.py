@@ -310,12 +310,15 @@ def test_the_figure_has_a_line_for_every_contender():
     rows = pd.DataFrame(
         {
             "dataset": "cifar10", "model": "simplenetv2", "norm": norm, "batch_size": size,
-            "engine": engine, "precision": "fp32", "runs": runs,
+            "engine": engine, "compiled": compiled, "precision": "fp32", "runs": runs,
             "speedup": 2.0, "limit_fraction": 0.5,
         }
         for norm in ("bn", "gn")
         for size in (2, 64)
-        for engine, runs in (("plain", 1), ("eager", 1), ("eager", 2))
+        for engine, compiled, runs in (
+            *(("plain", False, 1), ("eager", False, 1)),
+            *(("eager", False, 2), ("eager", True, 1)),
+        )
     )  # fmt: skip
     panels = draw_speed(rows, "cpu").axes
     assert [axis.get_title() for axis in panels] == [
@@ -324,5 +327,6 @@ def test_the_figure_has_a_line_for_every_contender():
     ]
     labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
     assert labels == [
-        *("plain fp32", "eager fp32", "eager fp32, 2 at once", "the hardware's limit, fp32"),
+        *("plain fp32", "eager fp32", "eager fp32, 2 at once", "eager compiled fp32"),
+        "the hardware's limit, fp32",
     ]
