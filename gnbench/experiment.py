@@ -150,6 +150,7 @@ def build_training(
         # warns; no layer of conf/ is known to need one.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel for every tensor
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(config.seed)

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
 CASES = [("bn", "simplenetv2"), ("gn", "simplenetv2")]
 if os.environ.get("GNBENCH_COMPILE"):
     CASES = [(n, m) for n in NORMS for m in ("simplenet", "simplenetv2", "resnet18")]
+    CASES.remove(("in", "resnet18"))  # of such small images it leaves one pixel
 
 
 def gradients(training, images=8):
@@ -35,27 +36,26 @@ def gradients(training, images=8):
 def test_compiled_steps_are_the_eager_ones_to_rounding(tiny_config, norm, model):
     """Sums in another order: gradients within 1e-4 of the largest one of their tensor.
 
-    After 18 steps of SGD, whose steps are linear in the gradient, losses within 1 %.
+    After nine steps of SGD, whose steps are linear in the gradient, losses within 1 %: batch norm
+    over the sixteen values that a ResNet leaves of a batch amplifies rounding most.
     """
-    recipe = ["optimizer=sgd", "optimizer.lr=0.01", "epochs=3", "batch_size=10"]
+    recipe = ["optimizer=sgd", "optimizer.lr=0.001", "epochs=3", "batch_size=16"]
     recipe += [] if model == "resnet18" else ["model.dropout=0"]  # whose draws are others
     configs = [
         tiny_config(f"norm={norm}", f"model={model}", *recipe, f"compile={compiled}")
         for compiled in ("false", "true")
     ]
     eager, compiled = map(start, configs)
-    largest = max(g.abs().max() for g in gradients(eager).values())
-    for (name, one), other in zip(
-        gradients(eager).items(), gradients(compiled).values(), strict=True
-    ):
+    expected, found = gradients(eager), gradients(compiled)
+    largest = max(one.abs().max() for one in expected.values())
+    for (name, one), other in zip(expected.items(), found.values(), strict=True):
         # A bias in front of a norm has no gradient but the rounding of all others.
         bound = 1e-4 * one.abs().max() + 1e-6 * largest
         assert (one - other).abs().max() <= bound, name
-    expected, found = rows(eager), rows(compiled)
-    assert compiled.engine.name == "eager compiled"
-    for one, other in zip(expected, found, strict=True):
+    for one, other in zip(rows(eager), rows(compiled), strict=True):
         assert other.train_loss == pytest.approx(one.train_loss, rel=0.01)
         assert other.test_loss == pytest.approx(one.test_loss, rel=0.01)
+    assert compiled.engine.name == "eager compiled"
 
 
 def test_compiled_bf16_has_the_gradients_of_fp32_within_its_rounding(tiny_config):

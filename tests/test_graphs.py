@@ -10,12 +10,22 @@ import pytest
 import torch
 
 from gnbench import engine
-from gnbench.engine import EagerEngine, GraphEngine
-from gnbench.experiment import build_training, compose, load_dataset
+from gnbench.engine import GraphEngine
+from gnbench.experiment import compose
 from tests import tiny
 from tests.replays import Recorder
 from tests.test_training import TIMES, assert_same_state, rows, start
 
+RECIPES = [
+    ["optimizer=adam"],
+    ["optimizer=sgd", "schedule=multistep"],
+    ["optimizer=adamw", "optimizer.decay_norm_and_bias=false", "schedule.warmup_epochs=1"],
+    ["schedule=cosine", "schedule.per=epoch", "dataset.augmentation=none"],
+    ["schedule=constant", "dataset.augmentation=pad_crop_flip"],
+    ["model.dropout=0.5"],
+    ["precision=bf16"],
+    ["batch=fixed_steps", "batch.reference_size=6"],
+]
 NORMS = ["none", "bn", "gn", "ln", "in", "lrn"]
 
 
@@ -25,7 +35,7 @@ def graph(training, recorder=None):
     training.engine = GraphEngine(
         *(eager.model, eager.optimizer, eager.base_lr, eager.schedule),
         *("bf16" if eager.bf16 else "fp32", eager.device),
-        recorder or Recorder(),
+        recorder=recorder or Recorder(),
     )
     return training
 
@@ -64,20 +74,7 @@ def test_a_replayed_training_is_the_eager_one_to_the_bit(tiny_config, norm, mode
     )
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ["optimizer=adam"],
-        ["optimizer=sgd", "schedule=multistep"],
-        ["optimizer=adamw", "optimizer.decay_norm_and_bias=false", "schedule.warmup_epochs=1"],
-        ["schedule=cosine", "schedule.per=epoch", "dataset.augmentation=none"],
-        ["schedule=constant", "dataset.augmentation=pad_crop_flip"],
-        ["model.dropout=0.5"],
-        ["precision=bf16"],
-        ["batch=fixed_steps", "batch.reference_size=6"],
-    ],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("settings", RECIPES, ids=" ".join)
 def test_it_is_so_with_every_recipe(tiny_config, settings):
     """Nine steps of five images: two graphs, one alone, and a partial batch of three."""
     assert_replayed_as_eager(tiny_config("batch_size=5", "epochs=5", *settings))
@@ -178,20 +175,29 @@ def test_a_graph_without_a_gpu_is_refused():
         compose(*tiny.OVERRIDES, "engine=graph")
 
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def assert_graph_is_eager_on_cuda(tiny_config, *settings):
+    common = ("device=cuda", "batch_size=5", "epochs=5", *settings)
+    eager = start(tiny_config(*common, "engine=eager"))
+    expected = rows(eager)
+    replayed = start(tiny_config(*common, "engine=graph"))
+    assert rows(replayed) == expected
+    assert_same_state(replayed, eager)
+    assert (eager.engine.kind, replayed.engine.kind) == ("eager", "graph")
+
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 
 
 @pytest.mark.cuda
-@cuda
+@on_cuda
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("model", ["simplenetv2", "resnet18"])
 def test_on_cuda_the_graph_is_the_eager_engine_to_the_bit(tiny_config, norm, model):
-    common = (f"norm={norm}", f"model={model}", "device=cuda", "batch_size=5", "epochs=5")
-    eager, replayed = (
-        build_training(config, load_dataset(config))
-        for config in (tiny_config(*common, f"engine={name}") for name in ("eager", "graph"))
-    )
-    assert type(eager.engine) is EagerEngine
-    assert rows(replayed) == rows(eager)
-    assert_same_state(replayed, eager)
-    assert replayed.engine.name == "graph"
+    assert_graph_is_eager_on_cuda(tiny_config, f"norm={norm}", f"model={model}")
+
+
+@pytest.mark.cuda
+@on_cuda
+@pytest.mark.parametrize("settings", [*RECIPES, ["compile=true"]], ids=" ".join)
+def test_on_cuda_it_is_so_with_every_recipe(tiny_config, settings):
+    assert_graph_is_eager_on_cuda(tiny_config, *settings)
