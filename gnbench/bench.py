@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # imports torch: not for --help
 
 PLAIN = "plain"  # the contender that is no engine of gnbench
 PAUSE = 0.05  # seconds between two contenders, for the threads of one to fall asleep
+PROOFS = 3  # turns without a clock, after which a graph engine replays what it has proven
 SETTLING = 5  # steps before a turn is timed: more than data workers can have made ready
 QUICK = "--config-name=bench_quick"
 COPY = "copy"  # key of the hardware's rate of copies; those of matrix products are the precisions
@@ -142,10 +143,17 @@ class Team:
         return float(done / (time.perf_counter() - began))
 
     def ask_for_costs(self) -> None:
-        """Learn the peak memory of all runs, unknown on some systems, and their bookkeeping."""
+        """Learn the peak memory of all runs, unknown on some systems, and their bookkeeping.
+
+        Raises:
+            ContenderError: if an engine has become another one than was to be timed.
+        """
         peaks = self.ask("memory")
         self.memory = None if None in peaks else sum(peaks)
         if self.contender.engine != PLAIN:
+            wanted = f"{self.contender.engine}{' compiled' * self.contender.compiled}"
+            if others := set(self.ask("engine_name")) - {wanted}:
+                raise ContenderError(f"{self.contender}: fell back to {others.pop()}")
             self.bookkeeping = max(self.ask("bookkeeping"), key=lambda found: found.epoch_seconds)
 
     def _answer(self, connection: Connection) -> Any:
@@ -274,8 +282,12 @@ def measure(
             team.ask("load", state)
         bar.update()
         rates = take_turns({**teams, **_hardware(case, config)}, config, bar)
-        for team in teams.values():
-            team.ask_for_costs()
+        for contender, team in list(teams.items()):
+            try:
+                team.ask_for_costs()
+            except ContenderError as error:
+                left_out.append(f"{case}: left out: {error}")
+                del teams[contender], rates[contender]
     return teams, rates
 
 
@@ -286,6 +298,9 @@ def take_turns(
 
     Returns how often a second each did its work, by round.
     """
+    for player in players.values():
+        for _ in range(PROOFS):
+            player.settle()
     counts = {
         key: max(1, round(config.seconds * player.rate(SETTLING) / player.runs))
         for key, player in players.items()

@@ -248,6 +248,11 @@ def check(config: DictConfig) -> None:
     for key in POSITIVE_INTEGERS:
         check_integer(key, OmegaConf.select(config, key), least=1)
     check_integer("replicas", config.replicas, least=1, most=MOST_REPLICAS)
+    if config.replicas > 1 and config.rerun:
+        raise ConfigError(
+            f"replicas={config.replicas} rerun=true: after an interruption the first would be "
+            "trained again; sweep over seeds instead: -m seed=0,1"
+        )
     check_integer("seed", config.seed, least=0, most=LARGEST + 1 - config.replicas)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
         raise ConfigError(f"device={config.device}: choose one of auto, cpu, cuda, cuda:N")

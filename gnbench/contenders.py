@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
@@ -104,13 +104,10 @@ class PlainLoop:
 
     def load(self, path: Path) -> None:
         """Continue with weights and moments that a plain loop saved."""
-        _load(self.model, self.optimizer, path)
-
-
-def _load(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    saved = torch.load(path, weights_only=True)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["moments"]})
+        saved = torch.load(path, weights_only=True)
+        self.model.load_state_dict(saved["model"])
+        own = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({**own, "state": saved["moments"]})
 
 
 class _Pictures(torch.utils.data.Dataset[tuple[Tensor, int]]):
@@ -159,7 +156,13 @@ class EngineLoop:
 
     def load(self, path: Path) -> None:
         """Continue with weights and moments that a plain loop saved."""
-        _load(self.training.engine.model, self.training.engine.optimizer, path)
+        saved = torch.load(path, weights_only=True)
+        state = {"model": saved["model"], "optimizer": {"state": saved["moments"]}}
+        self.training.engine.load_state_dict(state)
+
+    def engine_name(self, nothing: None) -> str:
+        """Return what the engine is called by now: it may have fallen back."""
+        return self.training.engine.name
 
     def bookkeeping(self, nothing: None) -> Bookkeeping:
         """Measure what `gnbench.execution` adds to the training, with a bar on a terminal."""
@@ -203,7 +206,7 @@ class Bookkeeping:
 
 
 class _Idle:
-    """An engine that is called as often as another one, and does nothing."""
+    """An engine that takes as many steps at a call as another one, and does nothing."""
 
     def __init__(self, other: EagerEngine) -> None:
         self._steps = STEPS_A_GRAPH if other.kind == GraphEngine.kind else 1
@@ -298,8 +301,8 @@ def serve(
 
     Orders: ``("take", count)`` is answered by the number of steps taken, ``("save", path)`` and
     ``("load", path)`` by None, ``("memory", None)`` by the peak memory in bytes and, by an engine,
-    ``("bookkeeping", None)`` by a `Bookkeeping`. The first answer is a `Report`; ``began`` is the
-    time (`time.time`) at which the process was started.
+    ``("engine_name", None)`` by that and ``("bookkeeping", None)`` by a `Bookkeeping`. The first
+    answer is a `Report`; ``began`` is the time (`time.time`) at which the process was started.
     """
     with suppress(BrokenPipeError):  # hung up on before an answer
         try:

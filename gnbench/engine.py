@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gnbench.batches import EpochPlan, ResidentData
+from gnbench.devices import is_out_of_memory
 from gnbench.distributed import Crew
-from gnbench.graphs import CudaGraphs, Program, Recorder, RecordingError
+from gnbench.graphs import CudaGraphs, Program, Recorder, RecordingError, Snapshot
 from gnbench.schedules import Schedule
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ class EagerEngine:
     its share of a batch, and the gradients are those of the mean over the whole batch.
 
     With ``compiled`` the network goes through torch.compile for its training steps. If that fails
-    the training goes on without, and one line says why. Evaluation is never compiled.
+    for a size of batch the training goes on without, and one line says why. Evaluation is never
+    compiled.
     """
 
     kind = "eager"
@@ -71,7 +73,8 @@ class EagerEngine:
         self.model = model
         self.crew = crew or Crew()
         self._network = model if self.crew.size == 1 else _averaging_gradients(model)
-        self._compiled = _compile(self._network) if compiled else None
+        self._compiled = _compile(model) if compiled else None
+        self._compiled_sizes: set[int] = set()  # of batches, for which it has succeeded
         self.optimizer = optimizer
         self.base_lr = base_lr
         self.schedule = schedule
@@ -147,32 +150,51 @@ class EagerEngine:
         own = self.optimizer.state_dict()
         self.optimizer.load_state_dict({**own, "state": state["optimizer"]["state"]})
 
+    def close(self) -> None:
+        """Let go of what only a training under way needs."""
+
     def _learn(self, inputs: Tensor, labels: Tensor, lr: float | Tensor, weight: float = 1) -> None:
         """Take a step on a batch: forward, loss, backward, optimizer, totals."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        logits, loss = self._differentiate(inputs, labels, weight)
+        self.optimizer.step()
+        self._count(loss * len(labels), logits, labels)
+
+    def _differentiate(
+        self, inputs: Tensor, labels: Tensor, weight: float = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of the weighted loss; return logits and loss."""
+        if self._compiled is None:
+            return self._pass(self._network, inputs, labels, weight)
+        if len(labels) in self._compiled_sizes:
+            return self._pass(self._compiled, inputs, labels, weight)
+        # Forwards and backwards are compiled one after the other, perhaps in several parts.
+        before = Snapshot(list(self.model.buffers()), self.device)
+        try:
+            outcome = self._pass(self._compiled, inputs, labels, weight)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = " ".join(lines[:2]) or type(error).__name__
+            log.warning("compile=true: %s; going on without", reason)
+        else:
+            self._compiled_sizes.add(len(labels))
+            return outcome
+        self._compiled = None
+        before.restore()
+        return self._pass(self._network, inputs, labels, weight)
+
+    def _pass(
+        self, network: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor, weight: float
+    ) -> tuple[Tensor, Tensor]:
         with self._autocast():
-            logits = self._forward(inputs)
+            logits = network(inputs)
         loss = F.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad()
         (loss if weight == 1 else weight * loss).backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self._count(loss.detach() * len(labels), logits.detach(), labels)
-
-    def _forward(self, inputs: Tensor) -> Tensor:
-        logits: Tensor
-        if self._compiled is not None:
-            from torch._dynamo.exc import TorchDynamoException
-
-            try:
-                logits = self._compiled(inputs)
-                return logits
-            except TorchDynamoException as error:  # while compiling: nothing has been computed
-                reason = str(error).strip().partition("\n")[0]
-                log.warning("compile=true: %s; going on without", reason)
-                self._compiled = None
-        logits = self._network(inputs)
-        return logits
+        return logits.detach(), loss.detach()
 
     def _count(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
         self.loss_sum += loss_sum
@@ -190,8 +212,9 @@ class GraphEngine(EagerEngine):
 
     A step reads where it is, its images and its learning rate from tensors, so that it can be
     replayed. `STEPS_A_GRAPH` steps are one graph; what an epoch or a check leaves over, its last,
-    partial batch and the evaluation have graphs of their own. Where a step cannot be captured the
-    training goes on without (``kind`` then says so), and one line says why.
+    partial batch and the evaluation have graphs of their own. Where a step cannot be captured, as
+    with an optimizer that counts in Python, the training goes on without (``kind`` then says so),
+    and one line says why.
     """
 
     kind = "graph"
@@ -247,18 +270,38 @@ class GraphEngine(EagerEngine):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`, with fresh graphs: the moments have new addresses."""
         super().load_state_dict(state)
+        self.close()
+        self._recorder.renew()
+
+    def close(self) -> None:
+        """Let go of the graphs and their memory: they and this engine hold each other."""
         self._programs.clear()
         self._epoch = None
 
     def _run(self, key: tuple[Any, ...], work: Callable[[], None]) -> None:
         if key not in self._programs:
             self._programs[key] = Program(work, self._recorder, self._state, self.device)
+        program = self._programs[key]
+        if not program.trusted and self._counts_in_python():
+            self._fall_back("the optimizer keeps numbers of Python's")
+            work()
+            return
         try:
-            self._programs[key]()
+            program()
         except RecordingError as error:
-            log.warning("engine=graph: %s; going on with engine=%s", error, EagerEngine.kind)
-            self.kind = EagerEngine.kind
-            self._programs.clear()
+            self._fall_back(str(error))
+
+    def _fall_back(self, reason: str) -> None:
+        log.warning("engine=graph: %s; going on with engine=%s", reason, EagerEngine.kind)
+        self.kind = EagerEngine.kind
+        self.close()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _counts_in_python(self) -> bool:
+        """Tell whether the optimizer's state has numbers that no graph renews."""
+        values = (v for state in self.optimizer.state.values() for v in state.values())
+        return any(isinstance(value, int | float) for value in values)
 
     def _enter(self, epoch: Epoch, at: int) -> None:
         """Put into place what the steps of the epoch read."""
@@ -283,12 +326,8 @@ class GraphEngine(EagerEngine):
 
     def _state(self) -> list[Tensor]:
         """Return all that a step or an evaluation changes."""
-        moments = [
-            value
-            for state in self.optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, Tensor)
-        ]
+        values = [v for state in self.optimizer.state.values() for v in state.values()]
+        moments = [value for value in values if isinstance(value, Tensor)]
         model = [*self.model.parameters(), *self.model.buffers()]
         return [*model, *moments, self.loss_sum, self.wrong, self._at, self._lr]
 

@@ -21,6 +21,7 @@ from gnbench import devices, distributed, runs, signals
 from gnbench.config import ConfigError, digest, run_id
 from gnbench.datasets import Dataset
 from gnbench.distributed import Crew
+from gnbench.engine import EagerEngine
 from gnbench.experiment import build_training, check_run, load_dataset, must_drop_last
 from gnbench.presence import Presence
 from gnbench.signals import Interrupted
@@ -154,7 +155,7 @@ def _carry_out(
         "result": None,
         "versions": runs.versions(),
         "device": devices.describe_device(device),
-        "engine": None,  # until it is known
+        "engine": EagerEngine.kind if config.engine == "auto" else config.engine,
         "started": runs.now(),
         "seconds": 0.0,
         "peak_memory_bytes": None,
@@ -170,7 +171,7 @@ def _carry_out(
         record.update(
             status=status,
             error=error,
-            engine=training and training.engine.name,
+            engine=training.engine.name if training else record["engine"],
             result=runs.result(place.rows(), diverged=status == "diverged"),
             seconds=round(elapsed(), 3),
             peak_memory_bytes=devices.peak_memory_bytes(device),
@@ -223,6 +224,9 @@ def _carry_out(
             record["result"]["test_error_final"],
         )
         return record
+    finally:
+        if training is not None:
+            training.engine.close()
     training = state = None  # the next run of a sweep needs the memory
     gc.collect()
     if device.type == "cuda":

@@ -25,6 +25,7 @@ from gnbench.batches import ResidentData
 from gnbench.config import ConfigError, check, conf_dir, is_number, one_line
 from gnbench.datasets import Dataset, balanced_subset
 from gnbench.devices import choose_device, flush_denormals
+from gnbench.distributed import Crew
 from gnbench.engine import EagerEngine, GraphEngine
 from gnbench.training import Training, steps_per_epoch
 
@@ -150,7 +151,8 @@ def build_training(
         # warns; no layer of conf/ is known to need one.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel for every tensor
+        # Which would take a kernel for every tensor that is about to be written anyway.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(config.seed)
@@ -176,9 +178,13 @@ def build_training(
         device,
     )
     graph, compiled = config.engine == GraphEngine.kind, config.compile
-    if crew.size > 1 and (graph or compiled):
-        log.warning("engine=graph and compile=true: not on several processes; going on without")
-        graph = compiled = False
+    if graph and (crew.size > 1 or device.type != "cuda"):
+        where = "several processes" if crew.size > 1 else f"the {device}"
+        _say(crew, f"engine=graph: there are no CUDA graphs on {where}; going on with engine=eager")
+        graph = False
+    if compiled and crew.size > 1:
+        _say(crew, "compile=true: not on several processes; going on without")
+        compiled = False
     return Training(
         GraphEngine(*parts, compiled=compiled)
         if graph
@@ -247,11 +253,7 @@ def check_run(config: DictConfig) -> None:
             f"processes={config.processes}: this is one of {distributed.world_size()}; start "
             f"torchrun --nproc-per-node={config.processes} -m gnbench and leave processes alone"
         )
-    device = choose_device(config.device)
-    if config.engine == GraphEngine.kind and device.type != "cuda":
-        raise ConfigError(
-            f"engine=graph: CUDA graphs need a GPU and this run is on {device}; choose engine=eager"
-        )
+    choose_device(config.device)
     error = _objection(config, config.batch_size)
     if error is not None:
         raise _config_error(config, "model", "norm", "batch_size", error=error)
@@ -287,6 +289,11 @@ def _check_rates(config: DictConfig) -> None:
             f"optimizer.lr={config.optimizer.lr}, schedule={config.schedule.name}, "
             f"batch={config.batch.name}: the learning rate becomes infinite; choose a smaller one"
         )
+
+
+def _say(crew: Crew, message: str) -> None:
+    if crew.leads:
+        log.warning(message)
 
 
 def _own_seed(seed: int, rank: int) -> int:

@@ -27,7 +27,10 @@ STYLES = {
 }
 MORE_STYLES = (("#56B4E9", "P"), ("#8C564B", "*"), ("#7F7F7F", "h"))  # for norms of a user's own
 LINES = ("-", "--", "-.", ":")
-HUES = ("#000000", "#0072B2", "#D62728", "#009E73", "#CC79A7", "#E69F00")  # of contenders
+HUES = (  # of contenders: the plain loop, and two engines, compiled or not, once or twice at once
+    *("#000000", "#0072B2", "#D62728", "#009E73", "#CC79A7"),
+    *("#E69F00", "#56B4E9", "#8C564B", "#7F7F7F"),
+)
 MARKERS = ("o", "s", "^", "D", "v", "P", "*", "X")
 BASELINE = "#666666"
 BEYOND_ONE_SEED = 0.18  # opacity of an interval band

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -20,12 +21,16 @@ class RecordingError(RuntimeError):
 class Recorder(Protocol):
     """Whatever can replay work: `CudaGraphs`, and on a CPU what the tests put in its place."""
 
-    def run(self, work: Work) -> None:
-        """Do the work now."""
+    def run(self, work: Work, strictly: bool = False) -> None:
+        """Do the work now; if ``strictly``, raise where it waits for the device."""
         ...
 
     def record(self, work: Work) -> Work:
         """Return what does the work again on the same tensors, without any of its Python."""
+        ...
+
+    def renew(self) -> None:
+        """Have no more to do with what was recorded before."""
         ...
 
 
@@ -34,32 +39,100 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _side_stream(device)
+        self.renew()
+
+    def renew(self) -> None:
+        """Take other memory for the graphs to come."""
         self._pool = torch.cuda.graph_pool_handle()
 
-    def run(self, work: Work) -> None:
+    def run(self, work: Work, strictly: bool = False) -> None:
         """Do the work on the stream of the recording, so that nothing is bound to another one."""
         current = torch.cuda.current_stream(self._device)
+        mode = torch.cuda.get_sync_debug_mode()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            work()
+        try:
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                if strictly:
+                    torch.cuda.set_sync_debug_mode("error")
+                work()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
         current.wait_stream(self._stream)
 
     def record(self, work: Work) -> Work:
         """Capture the work, which is not done; what is returned launches it as one graph."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            work()
+        causes = []
+
+        def noting_errors() -> None:
+            try:
+                work()
+            except Exception as error:
+                causes.append(error)  # the end of a capture that failed raises another one
+                raise
+
+        current = torch.cuda.current_stream(self._device)
+        try:
+            with (
+                torch.cuda.device(self._device),
+                torch.cuda.stream(current),  # which a capture that failed may not come back to
+                torch.cuda.graph(
+                    graph, self._pool, self._stream, capture_error_mode="thread_local"
+                ),
+            ):
+                noting_errors()
+        except Exception as error:
+            raise (causes or [error])[0] from error
         return graph.replay
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream on which all runs of this process record: each has its workspaces."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+class Snapshot:
+    """The values of some tensors, and of the generator of random numbers of their device."""
+
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
+        self._tensors = tensors
+        self._device = device
+        self._values = [tensor.detach().clone() for tensor in tensors]
+        cuda = device.type == "cuda"
+        self._generator = torch.cuda.get_rng_state(device) if cuda else torch.get_rng_state()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the tensors and the generator their values again."""
+        for tensor, value in zip(self._tensors, self._values, strict=True):
+            tensor.copy_(value)
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(self._generator, self._device)
+        else:
+            torch.set_rng_state(self._generator)
+
+    def equals(self, other: Snapshot) -> bool:
+        """Compare bit for bit, but every NaN with every other."""
+        pairs = zip(
+            [*self._values, self._generator], [*other._values, other._generator], strict=True
+        )
+        return all(
+            torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+            for a, b in pairs
+        )
 
 
 class Program:
     """Work that is done plainly the first time and replayed from the third time on.
 
     The second time it is done both ways from the same state, which must come out the same to the
-    bit: a value that Python computes, or a kernel that does not repeat itself, is found out. So
-    there are no steps for warming up that would have to be undone. ``state`` returns the tensors
-    that the work changes; of random numbers the generator of ``device`` is taken care of.
+    bit: a kernel that does not repeat itself is found out, and so is a value of Python's that
+    changes from one time to the next (not one that changes only later). So there are no steps for
+    warming up that would have to be undone. ``state`` returns the tensors that the work changes; of
+    random numbers the generator of ``device`` is taken care of. What the work keeps in Python is
+    not put back.
     """
 
     def __init__(
@@ -75,6 +148,11 @@ class Program:
         self._device = device
         self._warm = False
         self._replay: Work | None = None
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the work is replayed by now."""
+        return self._replay is not None
 
     def __call__(self) -> None:
         """Do the work once.
@@ -93,44 +171,34 @@ class Program:
     def _proven(self) -> Work:
         before = self._snapshot()
         try:
-            replay = self._recorder.record(self._work)
+            # A capture that fails leaves traces in torch: what would make it fail is tried first.
+            self._recorder.run(self._work, strictly=True)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            self._restore(before)
+            before.restore()
             self._recorder.run(self._work)
-            reason = str(error).partition("\n")[0]
-            raise RecordingError(f"a step cannot be captured ({reason})") from error
-        self._restore(before)
-        self._recorder.run(self._work)
+            raise RecordingError(_reason(error)) from error
         plain = self._snapshot()
-        self._restore(before)
-        replay()
-        replayed = self._snapshot()
-        if not all(map(_same, plain, replayed)):
-            self._restore(plain)
-            raise RecordingError("a replayed step does not repeat what the step itself does")
-        return replay
-
-    def _snapshot(self) -> list[Tensor]:
-        return [tensor.detach().clone() for tensor in [*self._state(), self._generator()]]
-
-    @torch.no_grad()
-    def _restore(self, snapshot: list[Tensor]) -> None:
-        *tensors, generator = snapshot
-        for tensor, value in zip(self._state(), tensors, strict=True):
-            tensor.copy_(value)
-        if self._device.type == "cuda":
-            torch.cuda.set_rng_state(generator, self._device)
+        try:
+            before.restore()
+            replay = self._recorder.record(self._work)
+            before.restore()
+            replay()
+            repeats = self._snapshot().equals(plain)
+        except Exception as error:
+            reason = "no memory for a graph" if is_out_of_memory(error) else _reason(error)
         else:
-            torch.set_rng_state(generator)
+            if repeats:
+                return replay
+            reason = "a replayed step does not repeat what the step itself does"
+        plain.restore()
+        raise RecordingError(reason)
 
-    def _generator(self) -> Tensor:
-        if self._device.type == "cuda":
-            return torch.cuda.get_rng_state(self._device)
-        return torch.get_rng_state()
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self._state(), self._device)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Compare bit for bit, but every NaN with every other."""
-    return torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+def _reason(error: Exception) -> str:
+    line = str(error).partition("\n")[0]
+    return f"a step cannot be captured ({line})"

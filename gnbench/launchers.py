@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from statistics import fmean
 from types import FrameType
 from typing import Any
 
@@ -242,7 +243,8 @@ def _config(launcher: Any, overrides: Sequence[str]) -> DictConfig:
 def _record_since(began: int, config: DictConfig) -> dict[str, Any] | None:
     """Return the record of a cell if it was written since ``began``.
 
-    Of several replicas that of the one under way, or of the last one when all have ended.
+    Of several replicas that of the one under way, or of the last one, with the mean test error,
+    when all have ended.
     """
     found: list[dict[str, Any] | None] = []
     for one in replicas(config):
@@ -251,8 +253,11 @@ def _record_since(began: int, config: DictConfig) -> dict[str, Any] | None:
             found.append(place.record() if place.record_path.stat().st_mtime_ns >= began else None)
         except (OSError, runs.DamagedError):
             found.append(None)
-    running = [record for record in found if record and record["status"] == "running"]
-    return running[0] if running else found[-1] if all(found) else None
+    written = [record for record in found if record]
+    running = [record for record in written if record["status"] == "running"]
+    if running or len(written) < len(found):
+        return running[0] if running else None
+    return {**written[-1], "result": {"test_error": fmean(map(sweep.test_error, written))}}
 
 
 def _return(record: dict[str, Any] | None) -> JobReturn:

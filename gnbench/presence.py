@@ -174,7 +174,8 @@ def _exists(pid: int) -> bool:
         return False
     except OSError:  # it is another user's
         pass
-    with suppress(OSError):  # killed, but its end, or that its parent hears of it, takes a while
+    try:  # killed, but its end, or that its parent hears of it, takes a while
         flags = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[6]
         return not int(flags) & EXITING
-    return True
+    except OSError:
+        return not Path("/proc/self/stat").exists()  # else it has just ended

@@ -44,10 +44,16 @@ class CheckBeforeStart(Callback):
 
         def check() -> None:
             _check([config])
+            directory = config.hydra.run.dir
+            if config.replicas > 1 and Path(directory).name != run_id(config):
+                raise ConfigError(
+                    f"hydra.run.dir={directory}: with replicas={config.replicas} every run has a "
+                    "folder of its own; choose outputs=DIR study=NAME"
+                )
             if distributed.rank() == 0:
-                runs.make_folder(Path(config.hydra.run.dir))
+                runs.make_folder(Path(directory))
             if config.replicas > 1:
-                _note_plan(grid.members(config, config.hydra.run.dir))
+                _note_plan(grid.members(config, directory))
 
         _or_exit(check)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from gnbench.execution import run
 from tests.test_graphs import NORMS
-from tests.test_training import rows, start
+from tests.test_training import assert_same_state, rows, start
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler on this machine"
@@ -24,9 +24,7 @@ if os.environ.get("GNBENCH_COMPILE"):
 def gradients(training, images=8):
     inputs, labels = training.train.chunk(0, images)
     engine = training.engine
-    with engine._autocast():
-        logits = engine._forward(inputs)
-    F.cross_entropy(logits.float(), labels).backward()
+    engine._differentiate(inputs, labels)
     found = {name: p.grad.clone() for name, p in engine.model.named_parameters()}
     engine.optimizer.zero_grad()
     return found
@@ -88,4 +86,31 @@ def test_without_a_compiler_the_run_goes_on_uncompiled(tiny_config, monkeypatch,
     assert training.engine.name == "eager"
     [line] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert line.startswith("compile=true: ")
+    assert "/nowhere/g++" in line
     assert line.endswith("; going on without")
+
+
+class FailingBackwards(torch.autograd.Function):
+    """What cannot be compiled backwards."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("no kernel for that")
+
+
+def test_what_fails_backwards_leaves_no_trace(tiny_config, caplog):
+    """After a forward pass that moved running statistics and drew from the generator."""
+    config = tiny_config("norm=bn", "model.dropout=0.3")
+    expected = start(config)
+    rows(expected)
+    training = start(config)
+    model = training.engine.model
+    training.engine._compiled = lambda inputs: FailingBackwards.apply(model(inputs))
+    rows(training)
+    assert training.engine.name == "eager"
+    assert_same_state(training, expected)
+    assert "compile=true: no kernel for that; going on without" in caplog.text

@@ -5,13 +5,15 @@ What the device itself adds (streams, pools, the capture) is tested where there 
 
 import copy
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
 
 from gnbench import engine
 from gnbench.engine import GraphEngine
-from gnbench.experiment import compose
+from gnbench.execution import run
 from tests import tiny
 from tests.replays import Recorder
 from tests.test_training import TIMES, assert_same_state, rows, start
@@ -27,6 +29,10 @@ RECIPES = [
     ["batch=fixed_steps", "batch.reference_size=6"],
 ]
 NORMS = ["none", "bn", "gn", "ln", "in", "lrn"]
+CASES = [
+    *((norm, "simplenetv2") for norm in NORMS),
+    *((norm, model) for norm in ("bn", "gn") for model in ("simplenet", "resnet18")),
+]
 
 
 def graph(training, recorder=None):
@@ -60,13 +66,7 @@ def assert_replayed_as_eager(config):
     assert recorder.replayed > recorder.recorded >= 3  # chunk, rest of an epoch, evaluation
 
 
-@pytest.mark.parametrize(
-    ("norm", "model"),
-    [
-        *((norm, "simplenetv2") for norm in NORMS),
-        *((norm, model) for norm in ("bn", "gn") for model in ("simplenet", "resnet18")),
-    ],
-)
+@pytest.mark.parametrize(("norm", "model"), CASES)
 def test_a_replayed_training_is_the_eager_one_to_the_bit(tiny_config, norm, model):
     """Four steps of ten images in a graph, then a partial batch of eight."""
     assert_replayed_as_eager(
@@ -170,9 +170,56 @@ def test_batch_norm_that_averages_over_all_batches_falls_back(tiny_config):
     assert training.engine.name == "eager"
 
 
-def test_a_graph_without_a_gpu_is_refused():
-    with pytest.raises(ValueError, match="engine=graph: CUDA graphs need a GPU"):
-        compose(*tiny.OVERRIDES, "engine=graph")
+class Python(torch.optim.SGD):
+    """An optimizer that counts its steps in Python and steps accordingly."""
+
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["step"] = state.get("step", 0) + 1
+            parameter.data.add_(parameter.grad, alpha=-0.01 / state["step"])
+
+
+def test_an_optimizer_that_counts_in_python_is_not_recorded(tiny_config, caplog):
+    config = tiny_config("optimizer._target_=tests.test_graphs.Python", "optimizer=sgd", "epochs=3")
+    training, eager = graph(start(config)), start(config)
+    assert rows(training) == rows(eager)
+    assert_same_state(training, eager)
+    assert "the optimizer keeps numbers of Python's; going on with engine=eager" in caplog.text
+
+
+def test_without_memory_for_a_graph_the_training_goes_on(tiny_config, caplog):
+    class Full(Recorder):
+        def record(self, work):
+            super().record(work)  # as far as it comes
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    config = tiny_config("norm=bn", "batch_size=5", "epochs=3")
+    training, eager = graph(start(config), Full()), start(config)
+    assert rows(training) == rows(eager)
+    assert_same_state(training, eager)
+    assert "no memory for a graph; going on with engine=eager" in caplog.text
+
+
+def test_a_training_that_is_over_needs_no_collector_to_go(tiny_config):
+    """Or the graphs of a sweep's last run would sit beside those of the next one."""
+    gc.collect()
+    gc.disable()
+    try:
+        training = graph(start(tiny_config("batch_size=5", "epochs=3")))
+        rows(training)
+        gone = weakref.ref(training.engine)
+        training.engine.close()
+        del training
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_graph_without_a_gpu_is_an_eager_run(tiny_config, caplog):
+    record = run(tiny_config("engine=graph", "epochs=1"))
+    assert (record["status"], record["engine"]) == ("completed", "eager")
+    assert "there are no CUDA graphs on the cpu; going on with engine=eager" in caplog.text
 
 
 def assert_graph_is_eager_on_cuda(tiny_config, *settings):
@@ -190,8 +237,7 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA devi
 
 @pytest.mark.cuda
 @on_cuda
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("model", ["simplenetv2", "resnet18"])
+@pytest.mark.parametrize(("norm", "model"), CASES)
 def test_on_cuda_the_graph_is_the_eager_engine_to_the_bit(tiny_config, norm, model):
     assert_graph_is_eager_on_cuda(tiny_config, f"norm={norm}", f"model={model}")
 
@@ -201,3 +247,17 @@ def test_on_cuda_the_graph_is_the_eager_engine_to_the_bit(tiny_config, norm, mod
 @pytest.mark.parametrize("settings", [*RECIPES, ["compile=true"]], ids=" ".join)
 def test_on_cuda_it_is_so_with_every_recipe(tiny_config, settings):
     assert_graph_is_eager_on_cuda(tiny_config, *settings)
+
+
+@pytest.mark.cuda
+@on_cuda
+def test_on_cuda_a_failed_capture_leaves_no_trace(tiny_config):
+    """Cumulative batch norm waits for the device; dropout and another graph come after it."""
+    fails = ("norm=bn", "norm.momentum=null", "model.dropout=0.5", "device=cuda", "batch_size=5")
+    eager = start(tiny_config(*fails, "epochs=5"))
+    expected = rows(eager)
+    training = start(tiny_config(*fails, "epochs=5", "engine=graph"))
+    assert rows(training) == expected
+    assert_same_state(training, eager)
+    assert training.engine.kind == "eager"
+    assert_graph_is_eager_on_cuda(tiny_config, "model.dropout=0.5")

@@ -97,6 +97,8 @@ def test_a_replica_that_fails_does_not_stop_the_others(cli, tmp_path, tiny_confi
         (["replicas=0"], "replicas=0: must be an integer from 1 to 1000"),
         (["replicas=1001"], "replicas=1001: must be an integer from 1 to 1000"),
         (["replicas=2", f"seed={2**63 - 1}"], f"seed={2**63 - 1}: must be an integer from 0 to"),
+        (["replicas=2", "rerun=true"], "rerun=true: after an interruption the first would be"),
+        (["replicas=2", "hydra.run.dir=mine"], "hydra.run.dir=mine: with replicas=2 every run has"),
         (["-m", "replicas=1000", "seed=range(0,11)"], "a sweep of more than 10000 runs; split it"),
     ],
 )

@@ -327,7 +327,7 @@ def test_a_directory_of_another_run_is_refused(tiny_config, tmp_path):
     assert {p.name: p.read_bytes() for p in (tmp_path / "mine").iterdir()} == before
 
 
-def test_checkpoints_take_a_fiftieth_of_the_time_at_most(tiny_config, monkeypatch):
+def test_checkpoints_take_a_hundredth_of_the_time_at_most(tiny_config, monkeypatch):
     """On a clock that tells 2 s for every checkpoint and 1 s for every step."""
     clock = [0.0]
     save, take = Run.save_checkpoint, EagerEngine.train_steps
@@ -349,7 +349,7 @@ def test_checkpoints_take_a_fiftieth_of_the_time_at_most(tiny_config, monkeypatc
     pauses = [after - before - 2 for before, after in itertools.pairwise(saved)]
     assert saved[0] == 6 + 2  # the first, when its cost is not known
     assert pauses
-    assert all(2 / (2 + pause) < 0.02 for pause in pauses)
+    assert all(2 / (2 + pause) < 0.01 for pause in pauses)
 
 
 def test_a_garbage_record_is_set_aside(tiny_config, caplog):
@@ -464,4 +464,4 @@ def test_a_bar_shows_on_request_and_lines_elsewhere(tiny_config, capfd, caplog):
     assert caplog.text.count("train loss") == 2
     assert "eta 0:00:00" in caplog.text
     run(tiny_config("progress=bar", "seed=1"))
-    assert "gn bs8: 100%" in capfd.readouterr().err
+    assert "gn bs8 seed1: 100%" in capfd.readouterr().err
