@@ -73,7 +73,12 @@ class Contender:
 
     def __str__(self) -> str:
         together = f" ×{self.runs}" if self.runs > 1 else ""
-        return f"{self.engine}{' compiled' * self.compiled} {self.precision}{together}"
+        return f"{self.way} {self.precision}{together}"
+
+    @property
+    def way(self) -> str:
+        """What its engine calls itself."""
+        return f"{self.engine}{' compiled' * self.compiled}"
 
 
 class Player(Protocol):
@@ -151,8 +156,7 @@ class Team:
         peaks = self.ask("memory")
         self.memory = None if None in peaks else sum(peaks)
         if self.contender.engine != PLAIN:
-            wanted = f"{self.contender.engine}{' compiled' * self.contender.compiled}"
-            if others := set(self.ask("engine_name")) - {wanted}:
+            if others := set(self.ask("engine_name")) - {self.contender.way}:
                 raise ContenderError(f"{self.contender}: fell back to {others.pop()}")
             self.bookkeeping = max(self.ask("bookkeeping"), key=lambda found: found.epoch_seconds)
 
