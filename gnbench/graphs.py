@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -49,15 +51,13 @@ class CudaGraphs:
     def run(self, work: Work, strictly: bool = False) -> None:
         """Do the work on the stream of the recording, so that nothing is bound to another one."""
         current = torch.cuda.current_stream(self._device)
-        mode = torch.cuda.get_sync_debug_mode()
         self._stream.wait_stream(current)
-        try:
-            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-                if strictly:
-                    torch.cuda.set_sync_debug_mode("error")
-                work()
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.stream(self._stream),
+            _no_waiting() if strictly else nullcontext(),
+        ):
+            work()
         current.wait_stream(self._stream)
 
     def record(self, work: Work) -> Work:
@@ -82,9 +82,24 @@ class CudaGraphs:
                 ),
             ):
                 noting_errors()
-        except Exception as error:
-            raise (causes or [error])[0] from error
+        except Exception:
+            if causes:
+                raise causes[0] from None
+            raise
         return graph.replay
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Have torch raise an error where the CPU waits for a GPU."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it does not know all such places
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @functools.cache
