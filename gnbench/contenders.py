@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import tempfile
 import time
@@ -179,11 +180,10 @@ class EngineLoop:
                     idle.position = Position()
                     bare = _seconds(lambda: deque(idle.run(), maxlen=0))
                     idle.position = Position()
-                    driven = _seconds(
-                        lambda: execution.drive(
-                            config, place, idle, [], presence, Stop(), time.monotonic
-                        )
+                    calls = execution.drive(
+                        config, place, idle, [], presence, Stop(), time.monotonic
                     )
+                    driven = _seconds(functools.partial(deque, calls, 0))
                     added.append(driven - bare)
                     saving.append(
                         _seconds(lambda: place.save_checkpoint(self.training.state_dict()))
@@ -213,7 +213,6 @@ class _Idle:
         self.device = other.device
         self.crew = other.crew
         self.learning_rate = other.learning_rate
-        self.wrong = torch.zeros((), device=other.device)
 
     def train_steps(self, epoch: Epoch, at: int, most: int) -> int:
         return min(self._steps, most)
@@ -221,7 +220,7 @@ class _Idle:
     def totals(self) -> tuple[float, int]:
         return 0.0, 0
 
-    take_totals = totals
+    take_totals = own_totals = totals
 
     def evaluate(self, data: ResidentData) -> tuple[float, int]:
         return 0.0, 0

@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gnbench.batches import EpochPlan, ResidentData
 from gnbench.devices import is_out_of_memory
 from gnbench.distributed import Crew
-from gnbench.graphs import CudaGraphs, Program, Recorder, RecordingError, Snapshot
+from gnbench.graphs import Pack, Snapshot, Work
 from gnbench.schedules import Schedule
 
 log = logging.getLogger(__name__)
@@ -129,6 +129,10 @@ class EagerEngine:
         """Return the summed loss and the number of errors so far; waits for the device."""
         return self.crew.add(self.loss_sum).item(), int(self.crew.add(self.wrong).item())
 
+    def own_totals(self) -> tuple[float, int]:
+        """Return of `totals` what this process has added; the others need not ask for theirs."""
+        return self.loss_sum.item(), int(self.wrong.item())
+
     def take_totals(self) -> tuple[float, int]:
         """Return `totals` and start again from zero."""
         totals = self.totals()
@@ -212,9 +216,10 @@ class GraphEngine(EagerEngine):
 
     A step reads where it is, its images and its learning rate from tensors, so that it can be
     replayed. `STEPS_A_GRAPH` steps are one graph; what an epoch or a check leaves over, its last,
-    partial batch and the evaluation have graphs of their own. Where a step cannot be captured, as
-    with an optimizer that counts in Python, the training goes on without (``kind`` then says so),
-    and one line says why.
+    partial batch and the evaluation have graphs of their own. Each is done plainly the first time,
+    which warms up what it needs and is a step like any other. In a ``pack`` the steps of several
+    trainings are replayed side by side. Where a step cannot be captured, as with an optimizer that
+    counts in Python, the training goes on without (``kind`` then says so), and one line says why.
     """
 
     kind = "graph"
@@ -228,15 +233,17 @@ class GraphEngine(EagerEngine):
         precision: str,
         device: torch.device,
         *,
-        recorder: Recorder | None = None,
+        pack: Pack,
         compiled: bool = False,
     ) -> None:
         super().__init__(model, optimizer, base_lr, schedule, precision, device, compiled=compiled)
         for group in optimizer.param_groups:
             if "capturable" in group:
                 group["capturable"] = True
-        self._recorder = recorder or CudaGraphs(device)
-        self._programs: dict[tuple[Any, ...], Program] = {}
+        self._pack = pack
+        self._pack.join(self)
+        self._warm: set[Hashable] = set()  # what has been done before
+        self._refused: tuple[str, Work] | None = None
         self._epoch: Epoch | None = None
         self._plan: EpochPlan  # of the epoch, at addresses that stay
         self._rates: Tensor  # of the steps of an epoch (float32)
@@ -245,6 +252,7 @@ class GraphEngine(EagerEngine):
 
     def train_steps(self, epoch: Epoch, at: int, most: int) -> int:
         """Take steps as `EagerEngine.train_steps`, up to `STEPS_A_GRAPH` of them."""
+        self._settle()
         if self.kind != GraphEngine.kind:
             return super().train_steps(epoch, at, most)
         if epoch is not self._epoch:
@@ -257,44 +265,97 @@ class GraphEngine(EagerEngine):
             for _ in range(steps):
                 self._step(epoch.data, epoch.batch_size, stop - start)
 
-        self._run(("train", steps, stop - start), work)
+        key = ("train", steps, stop - start)
+        if self._is_warm(key, work):
+            self._pack.ask(self, key, work)
+            self._take_back()
         return steps
 
     def evaluate(self, data: ResidentData) -> tuple[float, int]:
         """Return the summed loss and the number of errors as `EagerEngine.evaluate`."""
+        self._settle()
         if self.kind != GraphEngine.kind:
             return super().evaluate(data)
-        self._run(("evaluate", data), lambda: self._evaluate(data))
+
+        def work() -> None:
+            self._evaluate(data)
+
+        key = ("evaluate", data)
+        if self._is_warm(key, work):
+            self._pack.do(key, {self: work})
         return self.take_totals()
+
+    def totals(self) -> tuple[float, int]:
+        """Return the summed loss and the number of errors so far; waits for the device."""
+        self._settle()
+        return super().totals()
+
+    def own_totals(self) -> tuple[float, int]:
+        """Return `totals`: there is but this process."""
+        return self.totals()
+
+    def set_totals(self, loss_sum: float, wrong: int) -> None:
+        """Continue counting from these values."""
+        self._settle()
+        super().set_totals(loss_sum, wrong)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of model and optimizer."""
+        self._settle()
+        return super().state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`, with fresh graphs: the moments have new addresses."""
+        self._settle()
         super().load_state_dict(state)
-        self.close()
-        self._recorder.renew()
+        self._epoch = None
+        self._warm.clear()
+        self._pack.forget(self)
+        self._pack.recorder.renew()
 
     def close(self) -> None:
         """Let go of the graphs and their memory: they and this engine hold each other."""
-        self._programs.clear()
+        self._pack.leave(self)
         self._epoch = None
 
-    def _run(self, key: tuple[Any, ...], work: Callable[[], None]) -> None:
-        if key not in self._programs:
-            self._programs[key] = Program(work, self._recorder, self._state, self.device)
-        program = self._programs[key]
-        if not program.trusted and self._counts_in_python():
-            self._fall_back("the optimizer keeps numbers of Python's")
+    def state(self) -> list[Tensor]:
+        """Return all that a step or an evaluation changes."""
+        values = [v for state in self.optimizer.state.values() for v in state.values()]
+        moments = [value for value in values if isinstance(value, Tensor)]
+        model = [*self.model.parameters(), *self.model.buffers()]
+        return [*model, *moments, self.loss_sum, self.wrong, self._at, self._lr]
+
+    def refuse(self, reason: str, work: Work) -> None:
+        """Learn from the pack that this work has to be done without a graph."""
+        self._refused = reason, work
+
+    def _settle(self) -> None:
+        """Have all steps done by now that `train_steps` said it took."""
+        if self.kind == GraphEngine.kind:
+            self._pack.settle(self)
+            self._take_back()
+
+    def _take_back(self) -> None:
+        """Do what the pack has refused to, and go on without it."""
+        if self._refused is not None:
+            (reason, work), self._refused = self._refused, None
+            self._fall_back(reason)
             work()
-            return
-        try:
-            program()
-        except RecordingError as error:
-            self._fall_back(str(error))
+
+    def _is_warm(self, key: Hashable, work: Work) -> bool:
+        """Tell whether the work can be recorded; if not yet, or not at all, do it."""
+        if key in self._warm:
+            return True
+        self._pack.recorder.run(work)
+        self._warm.add(key)
+        if self._counts_in_python():
+            self._fall_back("the optimizer keeps numbers of Python's")
+        return False
 
     def _fall_back(self, reason: str) -> None:
         log.warning("engine=graph: %s; going on with engine=%s", reason, EagerEngine.kind)
-        self.kind = EagerEngine.kind
         self.close()
+        self.kind = EagerEngine.kind
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -323,13 +384,6 @@ class GraphEngine(EagerEngine):
         self._lr.copy_(self._rates[self._at][0])
         self._learn(inputs, labels, self._lr)
         self._at += 1
-
-    def _state(self) -> list[Tensor]:
-        """Return all that a step or an evaluation changes."""
-        values = [v for state in self.optimizer.state.values() for v in state.values()]
-        moments = [value for value in values if isinstance(value, Tensor)]
-        model = [*self.model.parameters(), *self.model.buffers()]
-        return [*model, *moments, self.loss_sum, self.wrong, self._at, self._lr]
 
 
 def _compile(network: nn.Module) -> Callable[[Tensor], Tensor]:

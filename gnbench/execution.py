@@ -1,14 +1,16 @@
-"""One run from its directory to its record: lock, resume, train, show progress, heed signals."""
+"""Runs from directory to record: lock, resume, train, show progress, heed signals."""
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextvars import ContextVar, copy_context
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,19 +23,31 @@ from gnbench import devices, distributed, runs, signals
 from gnbench.config import ConfigError, digest, run_id
 from gnbench.datasets import Dataset
 from gnbench.distributed import Crew
-from gnbench.engine import EagerEngine
-from gnbench.experiment import build_training, check_run, load_dataset, must_drop_last
+from gnbench.experiment import (
+    build_training,
+    check_run,
+    draws_random_numbers,
+    load_dataset,
+    must_drop_last,
+    pack_for,
+)
+from gnbench.graphs import Pack
 from gnbench.presence import Presence
 from gnbench.signals import Interrupted
 from gnbench.training import Row, Training
 
 log = logging.getLogger(__name__)
 
+Record = dict[str, Any]  # what run.json says
+Work = Generator[int, None, Record]
+
 CHECKPOINT_FORMAT = 1
 CHECKPOINT_SHARE = 0.01  # of the time may go into checkpoints
 
+_at_work: ContextVar[runs.Run | None] = ContextVar("_at_work", default=None)
 
-def run(config: DictConfig, directory: str | Path | None = None) -> dict[str, Any]:
+
+def run(config: DictConfig, directory: str | Path | None = None) -> Record:
     """Carry out the run that ``config`` describes and return its record (``run.json``).
 
     A complete run is returned as it is unless ``rerun``; an interrupted one resumes. ``directory``
@@ -47,7 +61,6 @@ def run(config: DictConfig, directory: str | Path | None = None) -> dict[str, An
         WriteError: if the directory cannot be written.
         Interrupted: after SIGINT or SIGTERM, with a checkpoint saved.
     """
-    devices.flush_denormals()  # before torch starts threads
     check_run(config)
     if config.replicas > 1:
         raise ConfigError(
@@ -55,26 +68,108 @@ def run(config: DictConfig, directory: str | Path | None = None) -> dict[str, An
         )
     if directory is None:
         directory = Path(config.outputs) / config.study / run_id(config)
-    place = runs.Run(directory)
-    with signals.heeded() as stop, devices.claimed(config.device) as device:
-        crew = distributed.crew(device)
-        if not crew.leads:
-            return _follow(config, device, crew, stop)
-        record = None
-        try:
-            with place.locked(config.wait) as presence:
-                record = _finished(config, place)
-                if record is None:
-                    with _log_to(place):
-                        record = _carry_out(config, place, device, crew, presence, stop)
-        finally:
-            crew.dismiss(record)
-        if stop.number is not None:  # it came while the finished run was being written
-            raise Interrupted(stop.number)
-        return record
+    [(_, outcome)] = run_all([(config, directory)])
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
-def _finished(config: DictConfig, place: runs.Run) -> dict[str, Any] | None:
+def run_all(
+    members: Sequence[tuple[DictConfig, str | Path]],
+) -> Iterator[tuple[int, Record | Exception]]:
+    """Carry out checked runs that differ in their seeds; yield number and record as each ends.
+
+    In place of a record, the error that ended a run, with those that `run` raises. Where steps are
+    replayed as graphs they go side by side, as long as none draws random numbers: the generator
+    of those is but one. Elsewhere one follows the other.
+
+    Raises:
+        ConfigError: if the machine has no such device.
+        Interrupted: after SIGINT or SIGTERM, with checkpoints saved.
+    """
+    devices.flush_denormals()  # before torch starts threads
+    config = members[0][0]
+    with (
+        signals.heeded() as stop,
+        devices.claimed(config.device) as device,
+        _lines_above_the_bars() if _shows_bars(config) else nullcontext(),
+    ):
+        pack = pack_for(config, device) if len(members) > 1 else None
+        if pack and draws_random_numbers(config):
+            log.info("replicas=%d: a step draws random numbers; one by one", len(members))
+            pack = None
+
+        @functools.cache
+        def dataset() -> Dataset:
+            return load_dataset(config).to(device)
+
+        every = [
+            _begun(one, runs.Run(directory), device, dataset, pack, stop)
+            for one, directory in members
+        ]
+        numbers = range(len(every))
+        for group in [numbers] if pack else [[number] for number in numbers]:
+            yield from _in_step({number: every[number] for number in group})
+            if stop.number is not None:
+                raise Interrupted(stop.number)
+
+
+def _in_step(started: dict[int, Work]) -> Iterator[tuple[int, Record | Exception]]:
+    """Have those furthest behind take the next steps, until all have come to their ends."""
+    contexts = {number: copy_context() for number in started}
+    taken = dict.fromkeys(started, -1)
+    interruption = None
+    try:
+        while taken:
+            least = min(taken.values())
+            for number in [one for one, steps in taken.items() if steps == least]:
+                outcome: Record | Exception | None = None
+                try:
+                    taken[number] = contexts[number].run(next, started[number])
+                    continue
+                except StopIteration as end:
+                    outcome = end.value
+                except Exception as error:
+                    outcome = error
+                except KeyboardInterrupt as error:  # the others have yet to save theirs
+                    interruption = error
+                del taken[number]
+                if outcome is not None:
+                    yield number, outcome
+    finally:
+        for number in taken:
+            contexts[number].run(started[number].close)
+    if interruption is not None:
+        raise interruption
+
+
+def _begun(
+    config: DictConfig,
+    place: runs.Run,
+    device: torch.device,
+    dataset: Callable[[], Dataset],
+    pack: Pack | None,
+    stop: signals.Stop,
+) -> Work:
+    """Carry out a run under its lock; yield the steps it has taken after every engine call."""
+    crew = distributed.crew(device)
+    if not crew.leads:
+        return _follow(config, dataset, device, crew, stop)
+    record = None
+    try:
+        with place.locked(config.wait) as presence:
+            record = _finished(config, place, dataset)
+            if record is None:
+                with _log_to(place):
+                    record = yield from _carry_out(
+                        config, place, device, dataset, crew, pack, presence, stop
+                    )
+    finally:
+        crew.dismiss(record)
+    return record
+
+
+def _finished(config: DictConfig, place: runs.Run, dataset: Callable[[], Dataset]) -> Record | None:
     """Return the record of the run if it need not be trained; clear what ``rerun`` replaces.
 
     Raises:
@@ -97,7 +192,7 @@ def _finished(config: DictConfig, place: runs.Run) -> dict[str, Any] | None:
     if record["status"] not in runs.FINISHED:
         return None
     if config.rerun:
-        load_dataset(config)  # what would fail for want of data must not cost the old result
+        dataset()  # what would fail for want of data must not cost the old result
         place.clear()
         return None
     place.remove_checkpoint()  # of a process that was killed before it could
@@ -119,10 +214,12 @@ class _RunLog(logging.FileHandler):
 
 @contextmanager
 def _log_to(place: runs.Run) -> Iterator[None]:
-    """Write what gnbench says to the log of the run, too."""
+    """Write what gnbench says to the log of the run, too, but not what it says of others."""
     logger = logging.getLogger("gnbench")
     with runs.explained(place.log_path):
         handler = _RunLog(place.log_path, encoding="utf-8")
+    _at_work.set(place)
+    handler.addFilter(lambda _: _at_work.get() is place)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = logger.level
     logger.addHandler(handler)
@@ -140,14 +237,16 @@ def _carry_out(
     config: DictConfig,
     place: runs.Run,
     device: torch.device,
+    load: Callable[[], Dataset],
     crew: Crew,
+    pack: Pack | None,
     presence: Presence,
     stop: signals.Stop,
-) -> dict[str, Any]:
+) -> Work:
     """Train under the lock, keeping ``run.json`` true at every moment."""
     devices.reset_peak_memory(device)
     started = time.monotonic()
-    record: dict[str, Any] = {
+    record: Record = {
         "status": "running",
         "config": OmegaConf.to_container(config, resolve=True),
         "seed": config.seed,
@@ -155,7 +254,7 @@ def _carry_out(
         "result": None,
         "versions": runs.versions(),
         "device": devices.describe_device(device),
-        "engine": EagerEngine.kind if config.engine == "auto" else config.engine,
+        "engine": config.engine,
         "started": runs.now(),
         "seconds": 0.0,
         "peak_memory_bytes": None,
@@ -167,7 +266,7 @@ def _carry_out(
     def elapsed() -> float:
         return seconds_before + time.monotonic() - started
 
-    def close(status: str, error: str | None = None) -> dict[str, Any]:
+    def close(status: str, error: str | None = None) -> Record:
         record.update(
             status=status,
             error=error,
@@ -180,20 +279,22 @@ def _carry_out(
         return record
 
     try:
-        dataset = load_dataset(config)
+        dataset = load()
         state = _checkpoint(config, place)
         crew.begin(state)
-        training = _restored(config, dataset, device, state)
+        training = _restored(config, dataset, device, pack, state)
         if training is None:
             place.set_aside(place.checkpoint_path, f"{place.checkpoint_path} does not fit the run")
-            state, training = None, build_training(config, dataset, device)
+            state, training = None, build_training(config, dataset, device, pack)
+        record["engine"] = training.engine.name
+        place.write_record(record)
         rows = list(state["rows"]) if state else []
         place.restore_rows(rows)
         if state:
             seconds_before = state["seconds"]
             log.info("%s resumes after step %d", run_id(config), training.position.step)
         _announce(config, training)
-        drive(config, place, training, rows, presence, stop, elapsed)
+        yield from drive(config, place, training, rows, presence, stop, elapsed)
         place.save_model(training.engine.model.state_dict())
     except KeyboardInterrupt:
         with suppress(runs.WriteError):
@@ -235,14 +336,18 @@ def _carry_out(
 
 
 def _follow(
-    config: DictConfig, device: torch.device, crew: Crew, stop: signals.Stop
-) -> dict[str, Any]:
+    config: DictConfig,
+    load: Callable[[], Dataset],
+    device: torch.device,
+    crew: Crew,
+    stop: signals.Stop,
+) -> Record:
     """Train beside rank 0, which writes; return the record if it had one before."""
     train, given = crew.orders()
     if not train:
         return given or {"status": "failed", "result": None}
-    dataset = load_dataset(config)
-    training = _restored(config, dataset, device, given)
+    dataset = load()
+    training = _restored(config, dataset, device, None, given)
     training = training or build_training(config, dataset, device)
     for _ in _stoppable(training, stop, wants_checkpoint=lambda: False, save=training.state_dict):
         pass
@@ -253,10 +358,11 @@ def _restored(
     config: DictConfig,
     dataset: Dataset,
     device: torch.device,
+    pack: Pack | None,
     state: Mapping[str, Any] | None,
 ) -> Training | None:
     """Build the training and continue from ``state``; return None if that does not fit."""
-    training = build_training(config, dataset, device)
+    training = build_training(config, dataset, device, pack)
     if state is not None:
         try:
             training.load_state_dict(dict(state))
@@ -264,6 +370,7 @@ def _restored(
             if devices.is_out_of_memory(error):
                 raise
             log.debug("%s", error)
+            training.engine.close()
             return None
     return training
 
@@ -293,10 +400,11 @@ def drive(
     presence: Presence,
     stop: signals.Stop,
     elapsed: Callable[[], float],
-) -> None:
+) -> Iterator[int]:
     """Train to the end: rows to the metrics, progress shown, checkpoints to the disk.
 
-    ``rows`` are those of the epochs before; ``elapsed`` tells the seconds spent on the run so far.
+    Yield the steps taken so far before the first and after every engine call. ``rows`` are those
+    of the epochs before; ``elapsed`` tells the seconds spent on the run so far.
 
     Raises:
         Interrupted: after a signal, with a checkpoint saved.
@@ -326,7 +434,9 @@ def drive(
         cost = saved - began if config.checkpoint_seconds else 0.0
 
     with _progress(config, training) as show:
+        yield training.position.step
         for row in _stoppable(training, stop, wants_checkpoint, save):
+            yield training.position.step
             if row is not None:
                 rows.append(asdict(row))
                 place.append(rows[-1])
@@ -390,36 +500,39 @@ def _announce(config: DictConfig, training: Training) -> None:
 @contextmanager
 def _progress(config: DictConfig, training: Training) -> Iterator[Callable[[Row | None], None]]:
     """Show a bar with ETA and error on a terminal, a line an epoch elsewhere."""
-    show_bar = config.progress == "bar" or (config.progress == "auto" and sys.stderr.isatty())
     began, first_step = time.monotonic(), training.position.step
     epochs = math.ceil(training.total_steps / training.steps_per_epoch)
-    with (
-        _lines_above_the_bar() if show_bar else nullcontext(),
-        tqdm(
-            total=training.total_steps,
-            initial=first_step,
-            unit="step",
-            desc=f"{config.norm.name} bs{config.batch_size} seed{config.seed}",
-            disable=not show_bar,
-            dynamic_ncols=True,
-            mininterval=0.5,
-        ) as bar,
-    ):
+    name = f"{config.norm.name} bs{config.batch_size} seed{config.seed}"
+    with tqdm(
+        total=training.total_steps,
+        initial=first_step,
+        unit="step",
+        desc=name,
+        disable=not _shows_bars(config),
+        dynamic_ncols=True,
+        mininterval=0.5,
+    ) as bar:
 
         def show(row: Row | None) -> None:
             step = training.position.step if row is None else row.step
             if bar.update(step - bar.n) and row is None:  # the bar was redrawn just now
                 # Of this process's share: to ask the others would stop them.
-                wrong = training.engine.wrong.item() * training.engine.crew.size
+                wrong = training.engine.own_totals()[1] * training.engine.crew.size
                 bar.set_postfix_str(
                     f"train error {100 * wrong / training.position.seen:.1f} %", refresh=False
                 )
             if row is not None:
                 bar.set_postfix_str(f"test error {row.test_error:.2f} %", refresh=False)
-                rate = (time.monotonic() - began) / (row.step - first_step)
+                taken = row.step - first_step  # none if only the epoch's evaluation was left
+                seconds = (
+                    (time.monotonic() - began) / taken
+                    if taken
+                    else row.seconds / training.steps_per_epoch
+                )
                 log.info(
-                    "epoch %d/%d  step %d  lr %.2e  train loss %.4f error %.2f %%  "
+                    "%s  epoch %d/%d  step %d  lr %.2e  train loss %.4f error %.2f %%  "
                     "test loss %.4f error %.2f %%  %.0f images/s  eta %s",
+                    name,
                     row.epoch,
                     epochs,
                     row.step,
@@ -429,13 +542,17 @@ def _progress(config: DictConfig, training: Training) -> Iterator[Callable[[Row 
                     row.test_loss,
                     row.test_error,
                     row.images_per_second,
-                    _duration(rate * (training.total_steps - row.step)),
+                    _duration(seconds * (training.total_steps - row.step)),
                 )
 
         yield show
 
 
-def _lines_above_the_bar() -> AbstractContextManager[None]:
+def _shows_bars(config: DictConfig) -> bool:
+    return config.progress == "bar" or (config.progress == "auto" and sys.stderr.isatty())
+
+
+def _lines_above_the_bars() -> AbstractContextManager[None]:
     from tqdm.contrib.logging import logging_redirect_tqdm  # warns in a notebook without widgets
 
     return logging_redirect_tqdm()

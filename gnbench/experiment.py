@@ -20,13 +20,14 @@ from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from gnbench import distributed
+from gnbench import distributed, graphs
 from gnbench.batches import ResidentData
 from gnbench.config import ConfigError, check, conf_dir, is_number, one_line
 from gnbench.datasets import Dataset, balanced_subset
 from gnbench.devices import choose_device, flush_denormals
 from gnbench.distributed import Crew
 from gnbench.engine import EagerEngine, GraphEngine
+from gnbench.graphs import Pack
 from gnbench.training import Training, steps_per_epoch
 
 log = logging.getLogger(__name__)
@@ -131,12 +132,36 @@ def load_dataset(config: DictConfig) -> Dataset:
     return dataset
 
 
+def pack_for(config: DictConfig, device: torch.device) -> Pack | None:
+    """Return what replays the steps of such runs, or None where they are taken one by one."""
+    if config.engine == EagerEngine.kind or distributed.world_size() > 1:
+        return None
+    recorder = graphs.recorder(device)
+    return Pack(recorder, device) if recorder else None
+
+
+def draws_random_numbers(config: DictConfig) -> bool:
+    """Tell whether a step draws from torch's generator, as dropout does; tried on two images."""
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(config).train()
+        optimizer = build_optimizer(config, model)
+        before = torch.get_rng_state()
+        images = torch.zeros(min(config.batch_size, 2), *config.dataset.image)
+        model(images).sum().backward()
+        optimizer.step()
+        return not torch.equal(torch.get_rng_state(), before)
+
+
 def build_training(
-    config: DictConfig, dataset: Dataset, device: torch.device | None = None
+    config: DictConfig,
+    dataset: Dataset,
+    device: torch.device | None = None,
+    pack: Pack | None = None,
 ) -> Training:
     """Seed, build and place everything that ``config`` names, ready for `Training.run`.
 
-    ``device`` is that of ``config`` unless given. Seeds torch's global generator and has denormal
+    ``device`` is that of ``config`` unless given. The steps are replayed with those of the other
+    trainings of ``pack``, else alone if at all. Seeds torch's global generator and has denormal
     numbers flushed to zero; on a GPU also makes torch deterministic for this process. Under
     torchrun, meets the other processes.
 
@@ -177,17 +202,16 @@ def build_training(
         config.precision,
         device,
     )
-    graph, compiled = config.engine == GraphEngine.kind, config.compile
-    if graph and (crew.size > 1 or device.type != "cuda"):
+    pack, compiled = pack or pack_for(config, device), config.compile
+    if config.engine == GraphEngine.kind and pack is None:
         where = "several processes" if crew.size > 1 else f"the {device}"
         _say(crew, f"engine=graph: there are no CUDA graphs on {where}; going on with engine=eager")
-        graph = False
     if compiled and crew.size > 1:
         _say(crew, "compile=true: not on several processes; going on without")
         compiled = False
     return Training(
-        GraphEngine(*parts, compiled=compiled)
-        if graph
+        GraphEngine(*parts, pack=pack, compiled=compiled)
+        if pack
         else EagerEngine(*parts, crew=crew, compiled=compiled),
         train,
         test,

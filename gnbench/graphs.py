@@ -1,10 +1,10 @@
-"""Work on fixed tensors that is recorded once and replayed, after proof that it repeats."""
+"""Work on fixed tensors that is recorded, and replayed after proof that it repeats."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
@@ -17,7 +17,7 @@ Work = Callable[[], None]
 
 
 class RecordingError(RuntimeError):
-    """Work cannot be replayed; the message says why. It has been done nevertheless, plainly."""
+    """Work cannot be replayed; the message says why. It has not been done."""
 
 
 class Recorder(Protocol):
@@ -31,17 +31,26 @@ class Recorder(Protocol):
         """Return what does the work again on the same tensors, without any of its Python."""
         ...
 
+    def side_by_side(self, works: Sequence[Work]) -> Work:
+        """Return what does all the works, none of which waits for another."""
+        ...
+
     def renew(self) -> None:
         """Have no more to do with what was recorded before."""
         ...
 
 
+def recorder(device: torch.device) -> Recorder | None:
+    """Return what replays work on the device, or None if there are no graphs on it."""
+    return CudaGraphs(device) if device.type == "cuda" else None
+
+
 class CudaGraphs:
-    """CUDA graphs of one training, which share their memory and are never replayed at once."""
+    """CUDA graphs that share their memory and are never replayed at once."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = _side_stream(device)
+        self._stream = _side_stream(device, 0)
         self.renew()
 
     def renew(self) -> None:
@@ -88,6 +97,24 @@ class CudaGraphs:
             raise
         return graph.replay
 
+    def side_by_side(self, works: Sequence[Work]) -> Work:
+        """Return what does each work on a stream of its own; captured, a branch of the graph."""
+        if len(works) == 1:
+            return works[0]
+        streams = [_side_stream(self._device, 1 + branch) for branch in range(len(works))]
+
+        def fork_and_join() -> None:
+            current = torch.cuda.current_stream(self._device)
+            for stream in streams:  # before any work, or the second would wait for the first
+                stream.wait_stream(current)
+            for stream, work in zip(streams, works, strict=True):
+                with torch.cuda.stream(stream):
+                    work()
+            for stream in streams:
+                current.wait_stream(stream)
+
+        return fork_and_join
+
 
 @contextmanager
 def _no_waiting() -> Iterator[None]:
@@ -103,8 +130,8 @@ def _no_waiting() -> Iterator[None]:
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the one stream on which all runs of this process record: each has its workspaces."""
+def _side_stream(device: torch.device, branch: int) -> torch.cuda.Stream:
+    """Return a stream on which all runs of this process record: each stream has its workspaces."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
@@ -140,14 +167,14 @@ class Snapshot:
 
 
 class Program:
-    """Work that is done plainly the first time and replayed from the third time on.
+    """Work that is replayed once it has proven to repeat itself.
 
-    The second time it is done both ways from the same state, which must come out the same to the
+    The first time it is done both ways from the same state, which must come out the same to the
     bit: a kernel that does not repeat itself is found out, and so is a value of Python's that
-    changes from one time to the next (not one that changes only later). So there are no steps for
-    warming up that would have to be undone. ``state`` returns the tensors that the work changes; of
-    random numbers the generator of ``device`` is taken care of. What the work keeps in Python is
-    not put back.
+    changes from one time to the next (not one that changes only later). ``state`` returns the
+    tensors that the work changes; of random numbers the generator of ``device`` is taken care of.
+    What the work keeps in Python is not put back. Whatever is set up at its first use (moments,
+    workspaces) must be there already.
     """
 
     def __init__(
@@ -161,59 +188,121 @@ class Program:
         self._recorder = recorder
         self._state = state
         self._device = device
-        self._warm = False
         self._replay: Work | None = None
-
-    @property
-    def trusted(self) -> bool:
-        """Whether the work is replayed by now."""
-        return self._replay is not None
 
     def __call__(self) -> None:
         """Do the work once.
 
         Raises:
-            RecordingError: if it cannot be replayed. It has been done; do it otherwise next time.
+            RecordingError: if it cannot be replayed; then all is as it was before.
         """
         if self._replay is not None:
             self._replay()
-        elif not self._warm:
-            self._recorder.run(self._work)
-            self._warm = True
-        else:
-            self._replay = self._proven()
-
-    def _proven(self) -> Work:
+            return
         before = self._snapshot()
         try:
             # A capture that fails leaves traces in torch: what would make it fail is tried first.
             self._recorder.run(self._work, strictly=True)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            before.restore()
-            self._recorder.run(self._work)
-            raise RecordingError(_reason(error)) from error
-        plain = self._snapshot()
-        try:
+            plain = self._snapshot()
             before.restore()
             replay = self._recorder.record(self._work)
             before.restore()
             replay()
             repeats = self._snapshot().equals(plain)
         except Exception as error:
-            reason = "no memory for a graph" if is_out_of_memory(error) else _reason(error)
-        else:
-            if repeats:
-                return replay
-            reason = "a replayed step does not repeat what the step itself does"
-        plain.restore()
-        raise RecordingError(reason)
+            before.restore()
+            raise RecordingError(_reason(error)) from error
+        if not repeats:
+            before.restore()
+            raise RecordingError("a replayed step does not repeat what the step itself does")
+        self._replay = replay
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(self._state(), self._device)
 
 
+class Member(Protocol):
+    """A training of a `Pack`."""
+
+    def state(self) -> list[Tensor]:
+        """Return all tensors that its work changes."""
+        ...
+
+    def refuse(self, reason: str, work: Work) -> None:
+        """Learn that this work cannot be replayed, and is left to do."""
+        ...
+
+
+class Pack:
+    """Trainings of one process whose work is replayed side by side, as branches of one graph.
+
+    What a member asks for is done as soon as all have asked, or when it asks for more or wants to
+    see what has become of it (`settle`). So a graph has as many branches as there are members in
+    step. Works of different ``key`` go into different graphs.
+    """
+
+    def __init__(self, recorder: Recorder, device: torch.device) -> None:
+        self.recorder = recorder
+        self._device = device
+        self._members: list[Member] = []
+        self._asked: dict[Member, tuple[Hashable, Work]] = {}
+        self._programs: dict[tuple[Hashable, tuple[Member, ...]], Program] = {}
+
+    def join(self, member: Member) -> None:
+        """Take in another training."""
+        self._members.append(member)
+
+    def leave(self, member: Member) -> None:
+        """Have no more to do with it."""
+        self._members = [other for other in self._members if other is not member]
+        self._asked.pop(member, None)
+        self.forget(member)
+
+    def forget(self, member: Member) -> None:
+        """Let go of the graphs that it has a part in."""
+        self._programs = {
+            (key, members): program
+            for (key, members), program in self._programs.items()
+            if member not in members
+        }
+
+    def ask(self, member: Member, key: Hashable, work: Work) -> None:
+        """Have the work done by the time that the member settles, at the latest."""
+        self.settle(member)
+        self._asked[member] = (key, work)
+        if len(self._asked) == len(self._members):
+            self._do_all()
+
+    def settle(self, member: Member) -> None:
+        """Do what it has asked for, together with what the others have."""
+        if member in self._asked:
+            self._do_all()
+
+    def _do_all(self) -> None:
+        asked, self._asked = self._asked, {}
+        for key in {key: None for key, _ in asked.values()}:
+            together = [m for m in self._members if m in asked and asked[m][0] == key]
+            self.do(key, {member: asked[member][1] for member in together})
+
+    def do(self, key: Hashable, works: Mapping[Member, Work]) -> None:
+        """Do these members' work now, side by side; what cannot be replayed they are refused."""
+        members = tuple(works)
+        if (key, members) not in self._programs:
+            self._programs[key, members] = Program(
+                self.recorder.side_by_side(list(works.values())),
+                self.recorder,
+                lambda: [tensor for member in members for tensor in member.state()],
+                self._device,
+            )
+        try:
+            self._programs[key, members]()
+        except RecordingError as error:
+            for member, work in works.items():
+                member.refuse(str(error), work)
+
+
 def _reason(error: Exception) -> str:
+    if is_out_of_memory(error):
+        return "no memory for a graph"
     line = str(error).partition("\n")[0]
     return f"a step cannot be captured ({line})"

@@ -98,7 +98,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
     for again in STOPPING:
         signal.signal(again, signal.default_int_handler)
     at_work = _at_work()
-    for pid, _ in at_work:
+    for pid in {pid for pid, _ in at_work}:
         os.kill(pid, signal.SIGTERM)
     until = time.monotonic() + SECONDS_TO_SAVE
     while at_work & _at_work() and time.monotonic() < until:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -26,11 +26,13 @@ from gnbench.presence import LockedError
 
 log = logging.getLogger(__name__)
 
+Member = tuple[DictConfig, str]  # a run of a cell, and its directory
+
 MOST_CELLS = 10_000
 
 planned: list[Cell] = []  # the cells of the sweep that this process started
 failed: dict[str, str] = {}  # by run id: what this process saw fail, though no record may say so
-passed_over: list[tuple[DictConfig, str]] = []  # cells that others held, to come back to
+passed_over: list[Member] = []  # cells that others held, to come back to
 
 
 class CheckBeforeStart(Callback):
@@ -63,42 +65,38 @@ class CheckBeforeStart(Callback):
 
 
 def attempt(config: DictConfig, directory: str) -> float:
-    """Carry out a cell, all its replicas, and return their mean test error."""
-    errors = [_attempt(one, place) for one, place in grid.members(config, directory)]
-    return sum(errors) / len(errors)
-
-
-def _attempt(config: DictConfig, directory: str) -> float:
-    """Carry out a run and return its test error; a failure is noted, and the others go on.
+    """Carry out a cell, all its replicas, and return their mean test error.
 
     A run that another process is training is passed over. With ``wait`` and a launcher that works
     in this process, `return_to_passed_over` waits for it when nothing else is left to do.
     """
-    cell = Cell.of(config, directory)
-    if cell.run_id not in {c.run_id for c in planned}:  # of a sweeper that chooses as it goes
-        planned.append(cell)
     comes_back = (
         config.wait
         and distributed.world_size() == 1
         and HydraConfig.get().launcher._target_.endswith(".BasicLauncher")
     )
-    if comes_back:
-        config = copy.deepcopy(config)
-        config.wait = False
-    try:
-        return _carry_out(config, directory)
-    except LockedError as error:
-        log.info("%s; passed over", str(error).partition(";")[0])
-        if comes_back:
-            passed_over.append((config, directory))
-        return math.nan
+    members = grid.members(config, directory)
+    for one, place in members:
+        cell = Cell.of(one, place)
+        if cell.run_id not in {c.run_id for c in planned}:  # of a sweeper that chooses as it goes
+            planned.append(cell)
+        one.wait = config.wait and not comes_back
+    errors = []
+    for member, outcome in _carry_out(members):
+        if isinstance(outcome, LockedError):
+            log.info("%s; passed over", str(outcome).partition(";")[0])
+            if comes_back:
+                passed_over.append(member)
+        errors.append(_test_error(member, outcome))
+    return fmean(errors)
 
 
 def return_to_passed_over() -> None:
     """Wait for the cells that others held; carry out those that they left unfinished."""
     for config, directory in passed_over:
         config.wait = True
-        _carry_out(config, directory)
+        for member, outcome in _carry_out([(config, directory)]):
+            _test_error(member, outcome)
 
 
 def test_error(record: Mapping[str, Any]) -> float:
@@ -106,19 +104,34 @@ def test_error(record: Mapping[str, Any]) -> float:
     return float(record["result"]["test_error"]) if record["result"] else math.nan
 
 
-def _carry_out(config: DictConfig, directory: str) -> float:
-    from gnbench.execution import run  # imports torch: not for --help
+def _carry_out(
+    members: Sequence[Member],
+) -> Iterator[tuple[Member, dict[str, Any] | Exception]]:
+    """Carry out runs; yield each with its record, or the error that ended it, as it ends."""
+    from gnbench.execution import run_all  # imports torch: not for --help
 
+    left = dict(enumerate(members))
     try:
-        return test_error(run(config, Path(directory)))
-    except LockedError:
-        raise
-    except Exception as error:
-        if distributed.world_size() > 1:  # the others cannot go on without this process
-            raise SystemExit(cli.report(error)) from error
-        failed[run_id(config)] = one_line(error)
-        log.error("%s: %s", run_id(config), one_line(error), exc_info=not cli.is_explained(error))
+        for number, outcome in run_all(members):
+            yield left.pop(number), outcome
+    except Exception as error:  # before any could begin
+        for member in left.values():
+            yield member, error
+
+
+def _test_error(member: Member, outcome: dict[str, Any] | Exception) -> float:
+    """Return the test error of a run; a failure is noted, and the others go on."""
+    if not isinstance(outcome, Exception):
+        return test_error(outcome)
+    if isinstance(outcome, LockedError):
         return math.nan
+    if distributed.world_size() > 1:  # the others cannot go on without this process
+        raise SystemExit(cli.report(outcome)) from outcome
+    name = run_id(member[0])
+    failed[name] = one_line(outcome)
+    trace = None if cli.is_explained(outcome) else outcome
+    log.error("%s: %s", name, one_line(outcome), exc_info=trace)
+    return math.nan
 
 
 def account() -> tuple[str, int]:
@@ -157,7 +170,7 @@ def _plan(config: DictConfig) -> None:
     )
 
 
-def _note_plan(members: Iterable[tuple[DictConfig, str]]) -> None:
+def _note_plan(members: Iterable[Member]) -> None:
     """Keep in mind which runs the command is to carry out, and note them in their study."""
     planned[:] = dict.fromkeys(Cell.of(*member) for member in members)
     if distributed.rank() > 0:

@@ -82,27 +82,37 @@ class Training:
     def run(self) -> Iterator[Row | None]:
         """Train to the end; yield None after every engine call and a `Row` after every epoch.
 
-        At each yield the state is whole. A loss that is not finite ends the training with the row
-        of that epoch, and sets ``diverged``.
+        At each yield the state is whole, and nothing of it has been looked at since the engine was
+        called. A loss that is not finite ends the training with the row of that epoch, and sets
+        ``diverged``.
         """
-        while self.position.step < self.total_steps and not self.diverged:
+        while not self._is_over():
             at = self.position
             epoch = self._begin_epoch()
             resumed_after = at.epoch_seconds
             started = time.perf_counter()
-            while at.epoch_step < epoch.steps and not self.diverged:
+            while not self._ends(epoch):
                 until_check = DIVERGENCE_CHECK - at.step % DIVERGENCE_CHECK
                 most = min(until_check, epoch.steps - at.epoch_step)
                 taken = self.engine.train_steps(epoch, at.epoch_step, most)
                 at.step += taken
                 at.epoch_step += taken
                 at.seen = epoch.span(at.epoch_step - 1)[1]
-                if at.step % DIVERGENCE_CHECK == 0 or at.epoch_step == epoch.steps:
-                    self.diverged = not math.isfinite(self.engine.totals()[0])
                 at.epoch_seconds = resumed_after + time.perf_counter() - started
-                if at.epoch_step < epoch.steps and not self.diverged:
-                    yield None
+                yield None
+            at.epoch_seconds = resumed_after + time.perf_counter() - started
             yield self._end_epoch()
+
+    def _is_over(self) -> bool:
+        at_an_end = self.position.epoch_step == 0
+        return self.diverged or (at_an_end and self.position.step >= self.total_steps)
+
+    def _ends(self, epoch: Epoch) -> bool:
+        """Tell whether the epoch's steps have been taken or the loss, looked at, is not finite."""
+        all_taken = self.position.epoch_step == epoch.steps
+        if all_taken or self.position.step % DIVERGENCE_CHECK == 0:
+            self.diverged = not math.isfinite(self.engine.totals()[0])
+        return all_taken or self.diverged
 
     def _begin_epoch(self) -> Epoch:
         at = self.position
@@ -144,9 +154,10 @@ class Training:
         What each process keeps to itself is gathered, so all of a crew must call this together.
         """
         cuda = self.engine.device.type == "cuda"
+        loss_sum, wrong = self.engine.own_totals()
         own = {
-            "loss_sum": self.engine.loss_sum.item(),
-            "wrong": int(self.engine.wrong.item()),
+            "loss_sum": loss_sum,
+            "wrong": wrong,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.engine.device) if cuda else None,
         }

@@ -1,5 +1,6 @@
 """What a CUDA graph does, on the CPU: the kernels of some work recorded with their tensors."""
 
+from collections import Counter
 from contextlib import nullcontext
 
 import torch
@@ -47,15 +48,24 @@ def storages(tree):
 
 class Recorder:
     """Stands in for `gnbench.graphs.CudaGraphs`. Recording does the work as well: a Program must
-    not rely on it.
+    not rely on it. ``replays`` counts them by the number of their branches.
     """
 
     def __init__(self):
-        self.recorded = self.replayed = 0
+        self.recorded = 0
+        self.replays = Counter()
 
     def run(self, work, strictly=False):
         with Kernels() if strictly else nullcontext():
             work()
+
+    def side_by_side(self, works):
+        def one_by_one():
+            for work in works:
+                work()
+
+        one_by_one.branches = len(works)
+        return one_by_one
 
     def renew(self):
         pass
@@ -66,7 +76,7 @@ class Recorder:
             work()
 
         def replay():
-            self.replayed += 1
+            self.replays[work.branches] += 1
             kernels.replay()
 
         return replay

@@ -25,7 +25,7 @@ def assert_same_state(one, other):
     for (name, a), (_, b) in zip(
         one.engine.model.state_dict().items(), other.engine.model.state_dict().items(), strict=True
     ):
-        assert torch.equal(a, b), name
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 def denormals(training):

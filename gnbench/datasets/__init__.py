@@ -73,6 +73,10 @@ class Dataset:
     test_images: Tensor
     test_labels: Tensor
 
+    def to(self, device: torch.device) -> Dataset:
+        """Return it on ``device``."""
+        return Dataset(*(tensor.to(device) for tensor in vars(self).values()))
+
 
 @functools.lru_cache(maxsize=1)  # the runs of a sweep share what the first one read
 def cifar10(root: str | Path) -> Dataset:
