@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -14,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -32,14 +33,15 @@ from gnbench.config import CHOICES, ConfigError, check_integer, conf_dir, is_num
 if TYPE_CHECKING:  # imports torch: not for --help
     from collections.abc import Iterator
 
-    from gnbench.contenders import Bookkeeping, Copying, Matmul
+    from gnbench.contenders import Bookkeeping, Chain, Copying, Matmul
 
 PLAIN = "plain"  # the contender that is no engine of gnbench
 PAUSE = 0.05  # seconds between two contenders, for the threads of one to fall asleep
 PROOFS = 3  # turns without a clock, after which a graph engine replays what it has proven
 SETTLING = 5  # steps before a turn is timed: more than data workers can have made ready
 QUICK = "--config-name=bench_quick"
-COPY = "copy"  # key of the hardware's rate of copies; those of matrix products are the precisions
+# Keys of the hardware's rates; those of matrix products are the precisions.
+COPY, CHAIN = "copy", "chain"
 
 
 class ContenderError(RuntimeError):
@@ -63,17 +65,19 @@ class Case:
 class Contender:
     """How it is trained: `PLAIN` or an engine, ``runs`` at a time that share the cores.
 
-    ``compiled``: with torch.compile.
+    ``compiled``: with torch.compile; ``replicas``: trainings in one process, side by side.
     """
 
     engine: str
     precision: str
     runs: int = 1
     compiled: bool = False
+    replicas: int = 1
 
     def __str__(self) -> str:
         together = f" ×{self.runs}" if self.runs > 1 else ""
-        return f"{self.way} {self.precision}{together}"
+        packed = f" {self.replicas} replicas" if self.replicas > 1 else ""
+        return f"{self.way} {self.precision}{together}{packed}"
 
     @property
     def way(self) -> str:
@@ -82,16 +86,16 @@ class Contender:
 
 
 class Player(Protocol):
-    """Whoever takes turns, with work for so many ``runs`` at a time."""
+    """Whoever takes turns, with work for so many trainings at a time."""
 
-    runs: int
+    trainings: int
 
     def settle(self) -> None:
         """Get ready for a turn."""
         ...
 
     def rate(self, count: int) -> float:
-        """Do the work ``count`` times, in every run; return how often a second in all."""
+        """Do the work ``count`` times, in every training; return how often a second in all."""
         ...
 
 
@@ -106,7 +110,7 @@ class Team:
         from gnbench.contenders import serve
 
         self.contender = contender
-        self.runs = contender.runs
+        self.trainings = contender.runs * contender.replicas
         self.threads = max(1, cores() // contender.runs)
         self._connections: list[Connection] = []
         engine = None if contender.engine == PLAIN else contender.engine
@@ -115,7 +119,8 @@ class Team:
             for _ in range(contender.runs):
                 ours, theirs = context.Pipe()
                 process = context.Process(
-                    target=serve, args=(theirs, engine, command, self.threads, time.time())
+                    target=serve,
+                    args=(theirs, engine, command, self.threads, contender.replicas, time.time()),
                 )
                 with _deaf():
                     process.start()
@@ -129,6 +134,7 @@ class Team:
         self.device: str = reports[0].device
         self.memory: int | None = None  # peak in bytes, once it has been asked for
         self.bookkeeping: Bookkeeping | None = None  # of an engine, likewise
+        self.kernels: float | None = None  # a step, of an engine on a GPU, likewise
 
     def ask(self, order: str, argument: object = None) -> list[Any]:
         """Give all processes the order at once and wait for what they answer."""
@@ -142,7 +148,7 @@ class Team:
         self.ask("take", SETTLING)
 
     def rate(self, count: int) -> float:
-        """Take ``count`` steps in every run; return the steps per second of all together."""
+        """Take ``count`` steps in every training; return the steps per second of all together."""
         began = time.perf_counter()
         done = sum(self.ask("take", count))
         return float(done / (time.perf_counter() - began))
@@ -159,6 +165,7 @@ class Team:
             if others := set(self.ask("engine_name")) - {self.contender.way}:
                 raise ContenderError(f"{self.contender}: fell back to {others.pop()}")
             self.bookkeeping = max(self.ask("bookkeeping"), key=lambda found: found.epoch_seconds)
+            self.kernels = self.ask("kernels")[0]
 
     def _answer(self, connection: Connection) -> Any:
         try:
@@ -173,9 +180,9 @@ class Team:
 class Hardware:
     """By what its limit is measured, in this process."""
 
-    runs = 1
+    trainings = 1
 
-    def __init__(self, work: Matmul | Copying) -> None:
+    def __init__(self, work: Matmul | Copying | Chain) -> None:
         self._work = work
 
     def settle(self) -> None:
@@ -223,11 +230,13 @@ def contenders(config: DictConfig) -> list[Contender]:
     return [
         *(Contender(PLAIN, precision) for precision in config.precisions),
         *(
-            Contender(engine, precision, count, compiled)
+            Contender(engine, precision, count, compiled, replicas)
             for engine in engines
             for compiled in config.compile
             for precision in config.precisions
             for count in config.runs
+            for replicas in (config.replicas if engine == GraphEngine.kind else [1])
+            if count == 1 or replicas == 1
         ),
     ]
 
@@ -306,7 +315,7 @@ def take_turns(
         for _ in range(PROOFS):
             player.settle()
     counts = {
-        key: max(1, round(config.seconds * player.rate(SETTLING) / player.runs))
+        key: max(1, round(config.seconds * player.rate(SETTLING) / player.trainings))
         for key, player in players.items()
     }
     rates: dict[Any, list[float]] = {key: [] for key in players}
@@ -325,13 +334,19 @@ def _hardware(case: Case, config: DictConfig) -> dict[str, Hardware]:
     """Return what takes its turns beside the contenders, so that the limit drifts as they do."""
     import torch
 
-    from gnbench.contenders import Copying, Matmul
+    from gnbench.contenders import Chain, Copying, Matmul
+    from gnbench.devices import choose_device
     from gnbench.experiment import compose
+    from gnbench.graphs import recorder
 
     torch.set_num_threads(cores())
     composed = {p: compose(*overrides(case, p, config)) for p in config.precisions}
     found = {precision: Hardware(Matmul(c)) for precision, c in composed.items()}
-    return {**found, COPY: Hardware(Copying(composed[config.precisions[0]]))}
+    found[COPY] = Hardware(Copying(composed[config.precisions[0]]))
+    device = choose_device(config.device)
+    if graphs := recorder(device):
+        found[CHAIN] = Hardware(Chain(graphs, device))
+    return found
 
 
 def compare(
@@ -344,18 +359,27 @@ def compare(
     """Return a row for every contender; ratios are medians of those of the rounds.
 
     ``flops`` are those of a step, ``pause`` the seconds between two checkpoints. The limit is the
-    longer of two times: for as many FLOPs in a product of large matrices, and for one copy of the
-    weights and Adam's moments.
+    longest of three times: for as many FLOPs in a product of large matrices; for one copy of the
+    weights and Adam's moments; and, where steps are replayed as graphs, for as many kernels, the
+    fewest that an engine needs for a step of this precision, each doing nothing but wait for the
+    one before (replicas wait side by side).
     """
-    from gnbench.contenders import MATMUL_FLOPS
+    from gnbench.contenders import LINKS, MATMUL_FLOPS
 
     rows = []
     plain = rates[next(iter(teams))]
     for contender, team in teams.items():
         own, matmuls = rates[contender], rates[contender.precision]
+        needed = [t.kernels for c, t in teams.items() if c.precision == contender.precision]
+        kernels = min((count for count in needed if count), default=0.0)
+        chains = rates.get(CHAIN) or [math.inf] * len(own)
         limits = [
-            max(flops / (matmul * MATMUL_FLOPS), 1 / copy)
-            for matmul, copy in zip(matmuls, rates[COPY], strict=True)
+            max(
+                flops / (matmul * MATMUL_FLOPS),
+                1 / copy,
+                kernels / (chain * LINKS) / contender.replicas,
+            )
+            for matmul, copy, chain in zip(matmuls, rates[COPY], chains, strict=True)
         ]
         ratios = [one / other for one, other in zip(own, plain, strict=True)]
         rows.append(
@@ -370,8 +394,9 @@ def compare(
                 "speedup_max": max(ratios),
                 "limit_ms_per_step": 1000 * median(limits),
                 "limit_fraction": median(a * b for a, b in zip(own, limits, strict=True)),
+                "kernels_per_step": team.kernels,
                 "overhead": team.bookkeeping
-                and team.bookkeeping.share(median(own) / contender.runs, pause),
+                and team.bookkeeping.share(median(own) / contender.runs, pause, contender.replicas),
                 "peak_memory_bytes": team.memory,
                 "startup_seconds": team.startup_seconds,
                 "first_step_seconds": team.first_step_seconds,
@@ -385,17 +410,17 @@ def table(case: Case, rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "",
         str(case),
-        f"  {'':<14}{'threads':>7}{'images/s':>10}{'ms/step':>9}{'× plain':>9}{'(range)':>14}"
+        f"  {'':<24}{'threads':>7}{'images/s':>10}{'ms/step':>9}{'× plain':>9}{'(range)':>14}"
         f"{'of limit':>10}{'overhead':>10}{'memory':>12}{'start':>8}{'1st step':>10}",
     ]
     for row in rows:
-        name = str(Contender(row["engine"], row["precision"], row["runs"], row["compiled"]))
+        name = str(Contender(**{field.name: row[field.name] for field in fields(Contender)}))
         overhead = "–" if row["overhead"] is None else f"{row['overhead']:.1%}"
         peak = row["peak_memory_bytes"]
         memory = "–" if peak is None else f"{peak / 2**20:,.0f} MiB"
         spread = f"({row['speedup_min']:.2f}–{row['speedup_max']:.2f})"
         lines.append(
-            f"  {name:<14}{row['threads']:>7}{row['images_per_second']:>10,.0f}"
+            f"  {name:<24}{row['threads']:>7}{row['images_per_second']:>10,.0f}"
             f"{row['ms_per_step']:>9.2f}{row['speedup']:>9.2f}{spread:>14}"
             f"{row['limit_fraction']:>10.0%}{overhead:>10}{memory:>12}"
             f"{row['startup_seconds']:>6.1f} s{row['first_step_seconds']:>8.1f} s"
@@ -407,8 +432,8 @@ def check(config: DictConfig) -> None:
     """Raise `ConfigError` for a setting that cannot work, before anything is started."""
     from gnbench.experiment import compose
 
-    axes = ("datasets", "models", "norms", "batch_sizes", "precisions", "runs", "compile")
-    for key in axes:
+    cases_of = ("datasets", "models", "norms", "batch_sizes")
+    for key in (*cases_of, "precisions", "runs", "replicas", "compile"):
         values = list(config[key])
         if not values or len(set(values)) < len(values):
             raise ConfigError(f"{key}={values}: name at least one, and none twice")
@@ -418,8 +443,9 @@ def check(config: DictConfig) -> None:
             raise ConfigError(f"precisions={precision}: choose from {choices}")
     check_integer("rounds", config.rounds, least=1)
     check_integer("warmup_steps", config.warmup_steps, least=1)
-    for count in config.runs:
-        check_integer("runs", count, least=1)
+    for key in ("runs", "replicas"):
+        for count in config[key]:
+            check_integer(key, count, least=1)
     if not is_number(config.seconds) or config.seconds <= 0:
         raise ConfigError(f"seconds={config.seconds}: must be a number over 0")
     if not config.outputs:
@@ -441,6 +467,7 @@ def bench(config: DictConfig, command: str) -> bool:
     check(config)
     cli.composed()
     from gnbench.contenders import count_flops
+    from gnbench.devices import choose_device
     from gnbench.experiment import compose, load_dataset
 
     for name in config.datasets:
@@ -458,7 +485,8 @@ def bench(config: DictConfig, command: str) -> bool:
     rows: list[dict[str, Any]] = []
     raw: list[dict[str, Any]] = []
     failures: list[str] = []
-    turns = config.rounds * (len(contenders(config)) + len(config.precisions) + 1)
+    hardware = len(config.precisions) + (2 if choose_device(config.device).type == "cuda" else 1)
+    turns = config.rounds * (len(contenders(config)) + hardware)
     with tqdm(
         total=len(cases(config)) * (len(contenders(config)) + 1 + turns),
         disable=not sys.stderr.isatty(),

@@ -154,6 +154,7 @@ class BenchConfig:
     batch_sizes: list[int] = MISSING
     precisions: list[str] = MISSING
     runs: list[int] = MISSING
+    replicas: list[int] = MISSING
     compile: list[bool] = MISSING
     device: str = MISSING
     warmup_steps: int = MISSING

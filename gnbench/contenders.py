@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
@@ -41,7 +41,9 @@ from gnbench.experiment import (
     compose,
     load_dataset,
     must_drop_last,
+    pack_for,
 )
+from gnbench.graphs import Recorder
 from gnbench.signals import Stop
 from gnbench.training import Position
 
@@ -51,6 +53,8 @@ MATMUL_SIZE = 2048  # rows and columns of the matrices by whose product the hard
 MATMUL_FLOPS = 2 * MATMUL_SIZE**3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BOOKKEEPING_ROUNDS = 3  # in each of which an epoch without steps is gone through twice
+LINKS = 1000  # of a chain of kernels
+COUNTED_STEPS = 256  # whose kernels are counted, with those between one check and the next
 ADAM_MOMENTS = 2  # numbers that Adam keeps for a parameter
 
 
@@ -135,38 +139,62 @@ class _Pictures(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
 
 class EngineLoop:
-    """A training of gnbench as a run does it, without its directory and its test images."""
+    """Trainings of gnbench as runs do them, without their directories and test images.
 
-    def __init__(self, config: DictConfig) -> None:
+    ``replicas`` of them, in step with each other.
+    """
+
+    def __init__(self, config: DictConfig, replicas: int = 1) -> None:
+        device = devices.choose_device(config.device)
         dataset = load_dataset(config)
         dataset = replace(
             dataset, test_images=dataset.test_images[:1], test_labels=dataset.test_labels[:1]
-        )
+        ).to(device)
         self.config = config
-        self.training = build_training(config, dataset)
-        self._calls = self.training.run()
+        self.device = device
+        pack = pack_for(config, device) if replicas > 1 else None
+        self.trainings = []
+        for seed in range(config.seed, config.seed + replicas):
+            one = config.copy()
+            one.seed = seed
+            self.trainings.append(build_training(one, dataset, device, pack))
+        self.training = self.trainings[0]
+        self._calls = [training.run() for training in self.trainings]
 
     def take(self, count: int) -> int:
-        """Take at least ``count`` optimizer steps: an engine may take several at a call."""
-        before = self.training.position.step
-        while self.training.position.step < before + count:
-            if next(self._calls, self) is self:
-                raise RuntimeError("the training came to its end (it diverged)")
-        _wait_for(self.training.engine.device)
-        return self.training.position.step - before
+        """Take at least ``count`` optimizer steps in each: an engine may take several at a call."""
+        before = [training.position.step for training in self.trainings]
+        while self.training.position.step < before[0] + count:
+            for calls in self._calls:
+                if next(calls, self) is self:
+                    raise RuntimeError("the training came to its end (it diverged)")
+        for training in self.trainings:
+            training.engine.own_totals()  # waits for the device
+        steps = [training.position.step for training in self.trainings]
+        return sum(steps) - sum(before)
 
     def load(self, path: Path) -> None:
         """Continue with weights and moments that a plain loop saved."""
         saved = torch.load(path, weights_only=True)
         state = {"model": saved["model"], "optimizer": {"state": saved["moments"]}}
-        self.training.engine.load_state_dict(state)
+        for training in self.trainings:
+            training.engine.load_state_dict(state)
 
     def engine_name(self, nothing: None) -> str:
         """Return what the engine is called by now: it may have fallen back."""
         return self.training.engine.name
 
+    def kernels(self, nothing: None) -> float | None:
+        """Count the kernels and copies that a step is on a GPU, with all that goes with it."""
+        if self.device.type != "cuda":
+            return None
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            steps = self.take(COUNTED_STEPS)
+        kinds = Counter(event.device_type.name for event in profile.events())
+        return kinds["CUDA"] / steps
+
     def bookkeeping(self, nothing: None) -> Bookkeeping:
-        """Measure what `gnbench.execution` adds to the training, with a bar on a terminal."""
+        """Measure what `gnbench.execution` adds to one training, with a bar on a terminal."""
         idle = copy.copy(self.training)
         idle.engine = cast(EagerEngine, _Idle(self.training.engine))
         idle.total_steps = idle.steps_per_epoch
@@ -199,10 +227,14 @@ class Bookkeeping:
     epoch_seconds: float
     checkpoint_seconds: float
 
-    def share(self, steps_per_second: float, pause: float) -> float:
-        """Return it as a fraction of the training, with ``pause`` seconds between checkpoints."""
+    def share(self, steps_per_second: float, pause: float, replicas: int = 1) -> float:
+        """Return it as a fraction of the time of a process that trains so many replicas.
+
+        ``steps_per_second`` are those of all, ``pause`` the seconds between checkpoints of each.
+        """
         pause = max(pause, self.checkpoint_seconds / execution.CHECKPOINT_SHARE)
-        return self.epoch_seconds * steps_per_second / self.steps + self.checkpoint_seconds / pause
+        saving = replicas * self.checkpoint_seconds / pause
+        return self.epoch_seconds * steps_per_second / self.steps + saving
 
 
 class _Idle:
@@ -246,6 +278,29 @@ class Matmul:
         """Multiply ``count`` times."""
         for _ in range(count):
             torch.mm(self.left, self.right, out=self.product)
+        _wait_for(self.device)
+        return count
+
+
+class Chain:
+    """Graphs of `LINKS` kernels that do nothing but wait for one another."""
+
+    def __init__(self, recorder: Recorder, device: torch.device) -> None:
+        self.device = device
+        token = torch.zeros(1, device=device)
+
+        def work() -> None:
+            for _ in range(LINKS):
+                token.add_(1)
+
+        alone = recorder.side_by_side([work])
+        recorder.run(alone)
+        self._replay = recorder.record(alone)
+
+    def take(self, count: int) -> int:
+        """Launch ``count`` graphs."""
+        for _ in range(count):
+            self._replay()
         _wait_for(self.device)
         return count
 
@@ -294,14 +349,16 @@ def serve(
     engine: str | None,
     overrides: tuple[str, ...],
     threads: int,
+    replicas: int,
     began: float,
 ) -> None:
-    """Build the training of ``engine``, or the plain loop (None), and do as told until hung up on.
+    """Build trainings of ``engine``, or the plain loop (None), and do as told until hung up on.
 
     Orders: ``("take", count)`` is answered by the number of steps taken, ``("save", path)`` and
     ``("load", path)`` by None, ``("memory", None)`` by the peak memory in bytes and, by an engine,
-    ``("engine_name", None)`` by that and ``("bookkeeping", None)`` by a `Bookkeeping`. The first
-    answer is a `Report`; ``began`` is the time (`time.time`) at which the process was started.
+    ``("engine_name", None)`` by that, ``("kernels", None)`` by their number a step or None and
+    ``("bookkeeping", None)`` by a `Bookkeeping`. The first answer is a `Report`; ``began`` is the
+    time (`time.time`) at which the process was started.
     """
     with suppress(BrokenPipeError):  # hung up on before an answer
         try:
@@ -312,7 +369,7 @@ def serve(
             config = compose(*overrides)
             device = devices.choose_device(config.device)
             devices.reset_peak_memory(device)
-            loop: Any = PlainLoop(config) if engine is None else EngineLoop(config)
+            loop: Any = PlainLoop(config) if engine is None else EngineLoop(config, replicas)
             startup, stepped = time.time() - began, time.time()
             loop.take(1)
             first = time.time() - stepped

@@ -92,6 +92,7 @@ def run_all(
     with (
         signals.heeded() as stop,
         devices.claimed(config.device) as device,
+        _talking(),
         _lines_above_the_bars() if _shows_bars(config) else nullcontext(),
     ):
         pack = pack_for(config, device) if len(members) > 1 else None
@@ -205,6 +206,18 @@ def _finished(config: DictConfig, place: runs.Run, dataset: Callable[[], Dataset
     return record
 
 
+@contextmanager
+def _talking() -> Iterator[None]:
+    """Have gnbench say what its runs do, whatever the caller's logging."""
+    logger = logging.getLogger("gnbench")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class _RunLog(logging.FileHandler):
     """The log of a run; a disk that is full must not end the training over it."""
 
@@ -221,13 +234,10 @@ def _log_to(place: runs.Run) -> Iterator[None]:
     _at_work.set(place)
     handler.addFilter(lambda _: _at_work.get() is place)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    level = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.setLevel(level)
         logger.removeHandler(handler)
         with suppress(OSError):
             handler.close()

@@ -161,22 +161,24 @@ def draw_speed(rows: pd.DataFrame, device: str) -> Figure:
     """
     panels = list(rows.groupby(["dataset", "model", "norm"], sort=False))
     styles = dict(zip(rows["precision"].unique(), LINES, strict=False))
-    ways = rows[["engine", "compiled", "runs"]].drop_duplicates().itertuples(index=False, name=None)
+    kinds = ["engine", "compiled", "runs", "replicas"]
+    ways = rows[kinds].drop_duplicates().itertuples(index=False, name=None)
     hues = dict(zip(ways, itertools.cycle(HUES), strict=False))
     figure, axes = _grid(len(panels), width=4.8, height=4.0)
     for axis, (name, panel) in zip(axes, panels, strict=True):
-        lines = panel.groupby(["engine", "compiled", "precision", "runs"], sort=False)
+        lines = panel.groupby(["precision", *kinds], sort=False)
         for index, (way, line) in enumerate(lines):
             line = line.sort_values("batch_size")
-            engine, compiled, precision, runs = cast(tuple[str, bool, str, int], way)
+            precision, engine, compiled, runs, replicas = cast(tuple[str, str, bool, int, int], way)
             together = f", {runs} at once" if runs > 1 else ""
+            packed = f", {replicas} replicas" if replicas > 1 else ""
             axis.plot(
                 line["batch_size"],
                 line["speedup"],
-                color=hues[engine, compiled, runs],
+                color=hues[engine, compiled, runs, replicas],
                 marker=MARKERS[index % len(MARKERS)],
                 linestyle=styles[precision],
-                label=f"{engine}{' compiled' * compiled} {precision}{together}",
+                label=f"{engine}{' compiled' * compiled} {precision}{together}{packed}",
             )
         first = next(line for _, line in lines).sort_values("batch_size")
         axis.plot(

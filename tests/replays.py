@@ -74,6 +74,7 @@ class Recorder:
         self.recorded += 1
         with Kernels() as kernels:
             work()
+        self.calls = kernels.calls
 
         def replay():
             self.replays[work.branches] += 1

@@ -16,7 +16,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from gnbench import bench, contenders
+from gnbench import bench, contenders, devices, graphs
 from gnbench.bench import Case, Contender, ContenderError, Team, compare, take_turns
 from gnbench.contenders import MATMUL_FLOPS, Bookkeeping, EngineLoop, PlainLoop, count_flops
 from gnbench.experiment import compose
@@ -24,6 +24,7 @@ from gnbench.figure import draw_speed
 from gnbench.runs import Run
 from tests import tiny
 from tests.conftest import started
+from tests.replays import Recorder
 
 SMALL = (
     *("norms=[gn]", "batch_sizes=[8]", "precisions=[fp32]", "datasets=[fashion_mini]"),
@@ -79,6 +80,7 @@ def test_ratios_are_medians_of_the_rounds_and_the_limit_is_the_longer_time():
         startup_seconds=3.0,
         first_step_seconds=0.5,
         bookkeeping=Bookkeeping(steps=1000, epoch_seconds=0.1, checkpoint_seconds=0.25),
+        kernels=None,
     )
     rates = {
         plain: [10.0, 5.0, 10.0],  # the machine was slow in the second round
@@ -95,6 +97,58 @@ def test_ratios_are_medians_of_the_rounds_and_the_limit_is_the_longer_time():
     assert second["limit_fraction"] == pytest.approx(0.5)  # of 0.3, 0.5 and 0.5
     # A run takes 15 steps a second: 0.1 s in 1000 of them; 0.25 s in 50.
     assert second["overhead"] == pytest.approx(0.1 * 15 / 1000 + 0.25 / 50)
+
+
+def test_on_a_gpu_the_limit_may_be_the_chain_of_kernels():
+    case = Case("cifar10", "simplenetv2", "gn", 2)
+    plain, graph = Contender("plain", "fp32"), Contender("graph", "fp32")
+    packed = Contender("graph", "fp32", replicas=8)
+    costs = {"threads": 1, "memory": 7, "startup_seconds": 3.0, "first_step_seconds": 0.5}
+    bookkeeping = Bookkeeping(steps=1000, epoch_seconds=0.1, checkpoint_seconds=0.25)
+    teams = {
+        plain: SimpleNamespace(**costs, bookkeeping=None, kernels=None),
+        graph: SimpleNamespace(**costs, bookkeeping=bookkeeping, kernels=90.0),
+        packed: SimpleNamespace(**costs, bookkeeping=bookkeeping, kernels=80.0),
+    }
+    # A thousand kernels a millisecond: 80 take 0.08 ms, longer than the product and the copy.
+    rates = {plain: [500.0], graph: [6250.0], packed: [25000.0]}
+    rates |= {"fp32": [50e3], "copy": [20e3], "chain": [1e3]}
+    rows = compare(case, teams, rates, flops=MATMUL_FLOPS, pause=50)
+    assert [row["limit_ms_per_step"] for row in rows] == pytest.approx([0.08, 0.08, 0.05])
+    assert [row["limit_fraction"] for row in rows] == pytest.approx([0.04, 0.5, 1.25])
+    assert [row["kernels_per_step"] for row in rows] == [None, 90, 80]
+    assert rows[2]["overhead"] == pytest.approx(0.1 * 25 + 8 * 0.25 / 50)
+
+
+def test_a_chain_is_as_many_kernels_one_after_another(monkeypatch):
+    recorder = Recorder()
+    chain = contenders.Chain(recorder, torch.device("cpu"))
+    chain.take(2)
+    assert recorder.replays == {1: 2}
+    [token] = {id(call[1][0]): call[1][0] for call in recorder.calls}.values()
+    assert len(recorder.calls) == contenders.LINKS
+    assert token.item() == 4 * contenders.LINKS  # warmed up, recorded, and twice
+
+
+def test_replicas_are_timed_in_step(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(graphs, "recorder", lambda device: recorder)
+    loop = EngineLoop(compose(*tiny.OVERRIDES, "norm=bn", "epochs=50"), replicas=3)
+    assert loop.take(40) == 3 * 40
+    assert recorder.replays[3] > 0
+    assert len({weights(training.engine.model).sum().item() for training in loop.trainings}) == 3
+    assert (loop.engine_name(None), loop.kernels(None)) == ("graph", None)
+
+
+def test_packed_replicas_are_timed_where_there_are_graphs(monkeypatch):
+    config = SimpleNamespace(
+        device="cuda", precisions=["fp32"], compile=[False], runs=[1, 2], replicas=[1, 8]
+    )
+    monkeypatch.setattr(devices, "choose_device", torch.device)
+    assert list(map(str, bench.contenders(config))) == [
+        *("plain fp32", "eager fp32", "eager fp32 ×2"),
+        *("graph fp32", "graph fp32 8 replicas", "graph fp32 ×2"),
+    ]
 
 
 def test_the_bookkeeping_of_a_run_is_all_that_differs(monkeypatch):
@@ -129,7 +183,7 @@ def test_everyone_has_a_turn_in_every_round(monkeypatch):
     class Counting:
         def __init__(self, name, runs):
             self.name = name
-            self.runs = runs
+            self.trainings = runs
 
         def settle(self):
             turns.append((self.name, "settles"))
@@ -312,13 +366,13 @@ def test_the_figure_has_a_line_for_every_contender():
         {
             "dataset": "cifar10", "model": "simplenetv2", "norm": norm, "batch_size": size,
             "engine": engine, "compiled": compiled, "precision": "fp32", "runs": runs,
-            "speedup": 2.0, "limit_fraction": 0.5,
+            "replicas": replicas, "speedup": 2.0, "limit_fraction": 0.5,
         }
         for norm in ("bn", "gn")
         for size in (2, 64)
-        for engine, compiled, runs in (
-            *(("plain", False, 1), ("eager", False, 1)),
-            *(("eager", False, 2), ("eager", True, 1)),
+        for engine, compiled, runs, replicas in (
+            *(("plain", False, 1, 1), ("eager", False, 1, 1), ("eager", False, 2, 1)),
+            *(("eager", True, 1, 1), ("graph", False, 1, 8)),
         )
     )  # fmt: skip
     panels = draw_speed(rows, "cpu").axes
@@ -326,9 +380,10 @@ def test_the_figure_has_a_line_for_every_contender():
         "cifar10, simplenetv2, bn",
         "cifar10, simplenetv2, gn",
     ]
-    assert len({line.get_color() for line in panels[0].lines}) == 5
+    assert len({line.get_color() for line in panels[0].lines}) == 6
     labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
     assert labels == [
         *("plain fp32", "eager fp32", "eager fp32, 2 at once", "eager compiled fp32"),
+        "graph fp32, 8 replicas",
         "the hardware's limit, fp32",
     ]
