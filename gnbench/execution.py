@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar, copy_context
 from dataclasses import asdict
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 Record = dict[str, Any]  # what run.json says
 Work = Generator[int, None, Record]
 
+MOST_BRANCHES = 16  # of a graph; more replicas than that take up memory, and locks of others
 CHECKPOINT_FORMAT = 1
 CHECKPOINT_SHARE = 0.01  # of the time may go into checkpoints
 
@@ -80,8 +81,9 @@ def run_all(
     """Carry out checked runs that differ in their seeds; yield number and record as each ends.
 
     In place of a record, the error that ended a run, with those that `run` raises. Where steps are
-    replayed as graphs they go side by side, as long as none draws random numbers: the generator
-    of those is but one. Elsewhere one follows the other.
+    replayed as graphs up to `MOST_BRANCHES` go side by side, as long as none draws random numbers:
+    the generator of those is but one. One that has no room beside the others comes after them.
+    Elsewhere one follows the other.
 
     Raises:
         ConfigError: if the machine has no such device.
@@ -104,15 +106,33 @@ def run_all(
         def dataset() -> Dataset:
             return load_dataset(config).to(device)
 
-        every = [
-            _begun(one, runs.Run(directory), device, dataset, pack, stop)
-            for one, directory in members
-        ]
-        numbers = range(len(every))
-        for group in [numbers] if pack else [[number] for number in numbers]:
-            yield from _in_step({number: every[number] for number in group})
+        def carried_out(numbers: Iterable[int]) -> Iterator[tuple[int, Record | Exception]]:
+            yield from _in_step(
+                {
+                    number: _begun(
+                        members[number][0],
+                        runs.Run(members[number][1]),
+                        *(device, dataset, pack, stop),
+                    )
+                    for number in numbers
+                }
+            )
             if stop.number is not None:
                 raise Interrupted(stop.number)
+
+        every = range(len(members))
+        size = MOST_BRANCHES if pack else 1
+        for start in every[::size]:
+            group, no_room = every[start : start + size], []
+            for number, outcome in carried_out(group):
+                full = isinstance(outcome, dict) and outcome["status"] == "out_of_memory"
+                if full and len(group) > 1:
+                    no_room.append(number)
+                else:
+                    yield number, outcome
+            for number in no_room:
+                log.info("%s: once more, alone", run_id(members[number][0]))
+                yield from carried_out([number])
 
 
 def _in_step(started: dict[int, Work]) -> Iterator[tuple[int, Record | Exception]]:

@@ -109,9 +109,11 @@ def _carry_out(
 ) -> Iterator[tuple[Member, dict[str, Any] | Exception]]:
     """Carry out runs; yield each with its record, or the error that ended it, as it ends."""
     from gnbench.execution import run_all  # imports torch: not for --help
+    from gnbench.experiment import check_run
 
     left = dict(enumerate(members))
     try:
+        check_run(members[0][0])  # a sweeper that chooses as it goes could not be checked before
         for number, outcome in run_all(members):
             yield left.pop(number), outcome
     except Exception as error:  # before any could begin

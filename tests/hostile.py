@@ -90,6 +90,7 @@ def _command(module, arguments, folder, allowed):
         return {"status": "completed", "result": {"test_error": 50.0}}
 
     execution.run = record
+    execution.run_all = lambda members: enumerate(record(*member) for member in members)
     watch([str(folder / "work" / "outputs"), *allowed], changes)
     sys.argv = [module, *arguments]
     try:

@@ -301,6 +301,35 @@ def test_what_draws_random_numbers_goes_one_by_one(tiny_config, tmp_path, record
     assert found(members(config)) == alone(tiny_config, tmp_path, *settings)
 
 
+def test_one_without_room_beside_the_others_comes_after_them(
+    tiny_config, tmp_path, recorder, monkeypatch, caplog
+):
+    build = execution.build_training
+    under_way = []
+
+    def narrow(config, *arguments):
+        if config.seed == 5 and len(under_way) == 2:
+            under_way.clear()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        under_way.append(config.seed)
+        return build(config, *arguments)
+
+    monkeypatch.setattr(execution, "build_training", narrow)
+    config = tiny_config(*REPLICAS)
+    numbers = [number for number, record in run_all(members(config)) if record["result"]]
+    assert numbers == [0, 1, 2]
+    assert caplog.text.count("once more, alone") == 1
+    assert recorder.replays[2] > 0
+    assert found(members(config)) == alone(tiny_config, tmp_path, *SHORT, "norm=bn")
+
+
+def test_more_than_a_graph_has_branches_go_in_groups(tiny_config, recorder, monkeypatch):
+    monkeypatch.setattr(execution, "MOST_BRANCHES", 2)
+    outcomes = list(run_all(members(tiny_config(*REPLICAS))))
+    assert [number for number, _ in outcomes] == [0, 1, 2]
+    assert recorder.replays == {2: 9, 1: 9 + 3 * 2}
+
+
 def test_they_share_one_copy_of_the_images(tiny_config, recorder, monkeypatch):
     addresses = set()
     build = execution.build_training
