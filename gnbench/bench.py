@@ -273,12 +273,17 @@ def measure(
     Raises:
         ContenderError: if the plain loop fails, or anyone once all have been built.
     """
+    from gnbench.experiment import compose, draws_random_numbers
+
     with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
         teams: dict[Contender, Team] = {}
         for contender in contenders(config):
             bar.set_postfix_str(f"starting {contender}")
+            command = overrides(case, contender.precision, config)
+            if contender.replicas > 1 and draws_random_numbers(compose(*command)):
+                bar.total -= 1 + config.rounds  # those go one by one
+                continue
             try:
-                command = overrides(case, contender.precision, config)
                 command += (f"compile={str(contender.compiled).lower()}",)
                 teams[contender] = Team(contender, command, stack)
             except ContenderError as error:
@@ -431,6 +436,7 @@ def table(case: Case, rows: Sequence[Mapping[str, Any]]) -> str:
 def check(config: DictConfig) -> None:
     """Raise `ConfigError` for a setting that cannot work, before anything is started."""
     from gnbench.experiment import compose
+    from gnbench.graphs import MOST_BRANCHES
 
     cases_of = ("datasets", "models", "norms", "batch_sizes")
     for key in (*cases_of, "precisions", "runs", "replicas", "compile"):
@@ -443,9 +449,10 @@ def check(config: DictConfig) -> None:
             raise ConfigError(f"precisions={precision}: choose from {choices}")
     check_integer("rounds", config.rounds, least=1)
     check_integer("warmup_steps", config.warmup_steps, least=1)
-    for key in ("runs", "replicas"):
-        for count in config[key]:
-            check_integer(key, count, least=1)
+    for count in config.runs:
+        check_integer("runs", count, least=1)
+    for count in config.replicas:
+        check_integer("replicas", count, least=1, most=MOST_BRANCHES)
     if not is_number(config.seconds) or config.seconds <= 0:
         raise ConfigError(f"seconds={config.seconds}: must be a number over 0")
     if not config.outputs:

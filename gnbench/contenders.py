@@ -54,7 +54,7 @@ MATMUL_FLOPS = 2 * MATMUL_SIZE**3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BOOKKEEPING_ROUNDS = 3  # in each of which an epoch without steps is gone through twice
 LINKS = 1000  # of a chain of kernels
-COUNTED_STEPS = 256  # whose kernels are counted, with those between one check and the next
+COUNTED_STEPS = 128  # whose kernels are counted, one look at the loss among them
 ADAM_MOMENTS = 2  # numbers that Adam keeps for a parameter
 
 
@@ -189,7 +189,7 @@ class EngineLoop:
         if self.device.type != "cuda":
             return None
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            steps = self.take(COUNTED_STEPS)
+            steps = self.take(COUNTED_STEPS // len(self.trainings))
         kinds = Counter(event.device_type.name for event in profile.events())
         return kinds["CUDA"] / steps
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import inspect
 import logging
 import math
@@ -152,7 +154,8 @@ class EagerEngine:
         """Continue from a `state_dict` of any engine: settings are the own optimizer's."""
         self.model.load_state_dict(state["model"])
         own = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({**own, "state": state["optimizer"]["state"]})
+        moments = copy.deepcopy(state["optimizer"]["state"])  # torch would take the very tensors
+        self.optimizer.load_state_dict({**own, "state": moments})
 
     def close(self) -> None:
         """Let go of what only a training under way needs."""
@@ -240,8 +243,6 @@ class GraphEngine(EagerEngine):
         for group in optimizer.param_groups:
             if "capturable" in group:
                 group["capturable"] = True
-        self._pack = pack
-        self._pack.join(self)
         self._warm: set[Hashable] = set()  # what has been done before
         self._refused: tuple[str, Work] | None = None
         self._epoch: Epoch | None = None
@@ -249,6 +250,8 @@ class GraphEngine(EagerEngine):
         self._rates: Tensor  # of the steps of an epoch (float32)
         self._at = torch.zeros(1, dtype=torch.int64, device=device)  # step within the epoch
         self._lr = torch.zeros((), dtype=torch.float32, device=device)
+        self._pack = pack
+        self._pack.join(self)
 
     def train_steps(self, epoch: Epoch, at: int, most: int) -> int:
         """Take steps as `EagerEngine.train_steps`, up to `STEPS_A_GRAPH` of them."""
@@ -357,6 +360,7 @@ class GraphEngine(EagerEngine):
         self.close()
         self.kind = EagerEngine.kind
         if self.device.type == "cuda":
+            gc.collect()  # what an attempt has left
             torch.cuda.empty_cache()
 
     def _counts_in_python(self) -> bool:

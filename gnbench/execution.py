@@ -8,8 +8,9 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+import traceback
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar, copy_context
 from dataclasses import asdict
 from pathlib import Path
@@ -31,8 +32,8 @@ from gnbench.experiment import (
     must_drop_last,
     pack_for,
 )
-from gnbench.graphs import Pack
-from gnbench.presence import Presence
+from gnbench.graphs import MOST_BRANCHES, Pack
+from gnbench.presence import LockedError, Presence
 from gnbench.signals import Interrupted
 from gnbench.training import Row, Training
 
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 Record = dict[str, Any]  # what run.json says
 Work = Generator[int, None, Record]
 
-MOST_BRANCHES = 16  # of a graph; more replicas than that take up memory, and locks of others
+NOT_BEGUN = -1  # for a number of steps
 CHECKPOINT_FORMAT = 1
 CHECKPOINT_SHARE = 0.01  # of the time may go into checkpoints
 
@@ -82,8 +83,8 @@ def run_all(
 
     In place of a record, the error that ended a run, with those that `run` raises. Where steps are
     replayed as graphs up to `MOST_BRANCHES` go side by side, as long as none draws random numbers:
-    the generator of those is but one. One that has no room beside the others comes after them.
-    Elsewhere one follows the other.
+    the generator of those is but one. One that has no room beside the others, or has to wait for
+    another process, comes after them. Elsewhere one follows the other.
 
     Raises:
         ConfigError: if the machine has no such device.
@@ -106,60 +107,63 @@ def run_all(
         def dataset() -> Dataset:
             return load_dataset(config).to(device)
 
-        def carried_out(numbers: Iterable[int]) -> Iterator[tuple[int, Record | Exception]]:
-            yield from _in_step(
-                {
-                    number: _begun(
-                        members[number][0],
-                        runs.Run(members[number][1]),
-                        *(device, dataset, pack, stop),
-                    )
-                    for number in numbers
-                }
-            )
+        def carried_out(numbers: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
+            started = {}
+            for number in numbers:
+                one, directory = members[number]
+                waits = one.wait and len(numbers) == 1
+                place = runs.Run(directory)
+                started[number] = _begun(one, place, waits, device, dataset, pack, stop)
+            yield from _in_step(started)
             if stop.number is not None:
                 raise Interrupted(stop.number)
 
         every = range(len(members))
         size = MOST_BRANCHES if pack else 1
         for start in every[::size]:
-            group, no_room = every[start : start + size], []
+            group, later = every[start : start + size], []
             for number, outcome in carried_out(group):
-                full = isinstance(outcome, dict) and outcome["status"] == "out_of_memory"
-                if full and len(group) > 1:
-                    no_room.append(number)
+                if len(group) > 1 and _comes_later(outcome, config):
+                    later.append(number)
                 else:
                     yield number, outcome
-            for number in no_room:
+            for number in later:
                 log.info("%s: once more, alone", run_id(members[number][0]))
                 yield from carried_out([number])
 
 
+def _comes_later(outcome: Record | Exception, config: DictConfig) -> bool:
+    """Tell whether a run of a pack has failed to begin for want of memory or of its lock."""
+    if isinstance(outcome, Exception):
+        return config.wait and isinstance(outcome, LockedError)
+    return bool(outcome["status"] == "out_of_memory")
+
+
 def _in_step(started: dict[int, Work]) -> Iterator[tuple[int, Record | Exception]]:
-    """Have those furthest behind take the next steps, until all have come to their ends."""
+    """Have the one furthest behind take the next steps, until all have come to their ends."""
     contexts = {number: copy_context() for number in started}
-    taken = dict.fromkeys(started, -1)
+    taken = dict.fromkeys(started, NOT_BEGUN)
     interruption = None
-    try:
+    with ExitStack() as stack:
+        for number, work in started.items():
+            stack.callback(contexts[number].run, work.close)
         while taken:
-            least = min(taken.values())
-            for number in [one for one, steps in taken.items() if steps == least]:
-                outcome: Record | Exception | None = None
-                try:
-                    taken[number] = contexts[number].run(next, started[number])
-                    continue
-                except StopIteration as end:
-                    outcome = end.value
-                except Exception as error:
-                    outcome = error
-                except KeyboardInterrupt as error:  # the others have yet to save theirs
-                    interruption = error
-                del taken[number]
-                if outcome is not None:
-                    yield number, outcome
-    finally:
-        for number in taken:
-            contexts[number].run(started[number].close)
+            number = min(taken, key=taken.__getitem__)
+            outcome: Record | Exception | None = None
+            try:
+                taken[number] = contexts[number].run(next, started[number])
+                continue
+            except StopIteration as end:
+                outcome = end.value
+            except Exception as error:
+                traceback.clear_frames(error.__traceback__)  # they hold the model and its moments
+                outcome = error
+            except KeyboardInterrupt as error:  # those under way have yet to save theirs
+                interruption = error
+                taken = {one: steps for one, steps in taken.items() if steps != NOT_BEGUN}
+            taken.pop(number, None)
+            if outcome is not None:
+                yield number, outcome
     if interruption is not None:
         raise interruption
 
@@ -167,6 +171,7 @@ def _in_step(started: dict[int, Work]) -> Iterator[tuple[int, Record | Exception
 def _begun(
     config: DictConfig,
     place: runs.Run,
+    wait: bool,
     device: torch.device,
     dataset: Callable[[], Dataset],
     pack: Pack | None,
@@ -178,8 +183,8 @@ def _begun(
         return _follow(config, dataset, device, crew, stop)
     record = None
     try:
-        with place.locked(config.wait) as presence:
-            record = _finished(config, place, dataset)
+        with place.locked(wait) as presence:
+            record = _finished(config, place)
             if record is None:
                 with _log_to(place):
                     record = yield from _carry_out(
@@ -190,7 +195,7 @@ def _begun(
     return record
 
 
-def _finished(config: DictConfig, place: runs.Run, dataset: Callable[[], Dataset]) -> Record | None:
+def _finished(config: DictConfig, place: runs.Run) -> Record | None:
     """Return the record of the run if it need not be trained; clear what ``rerun`` replaces.
 
     Raises:
@@ -213,7 +218,7 @@ def _finished(config: DictConfig, place: runs.Run, dataset: Callable[[], Dataset
     if record["status"] not in runs.FINISHED:
         return None
     if config.rerun:
-        dataset()  # what would fail for want of data must not cost the old result
+        load_dataset(config)  # what would fail for want of data must not cost the old result
         place.clear()
         return None
     place.remove_checkpoint()  # of a process that was killed before it could
@@ -393,16 +398,18 @@ def _restored(
 ) -> Training | None:
     """Build the training and continue from ``state``; return None if that does not fit."""
     training = build_training(config, dataset, device, pack)
-    if state is not None:
-        try:
-            training.load_state_dict(dict(state))
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            if devices.is_out_of_memory(error):
-                raise
-            log.debug("%s", error)
-            training.engine.close()
-            return None
-    return training
+    if state is None:
+        return training
+    try:
+        training.load_state_dict(dict(state))
+        return training
+    except BaseException as error:
+        training.engine.close()
+        misfits = (LookupError, TypeError, ValueError, RuntimeError, AttributeError)
+        if not isinstance(error, misfits) or devices.is_out_of_memory(error):
+            raise
+        log.debug("%s", error)
+        return None
 
 
 def _stoppable(
@@ -412,14 +419,17 @@ def _stoppable(
     save: Callable[[], object],
 ) -> Iterator[Row | None]:
     """Run the training step by step; save when it is time, and before a signal ends it."""
-    stop.gentle = True
-    for row in training.run():
-        yield row
-        number, due = training.engine.crew.agree(stop.number, wants_checkpoint())
-        if due or number is not None:
-            save()
-        if number is not None:
-            raise Interrupted(number)
+    stop.gentle += 1
+    try:
+        for row in training.run():
+            yield row
+            number, due = training.engine.crew.agree(stop.number, wants_checkpoint())
+            if due or number is not None:
+                save()
+            if number is not None:
+                raise Interrupted(number)
+    finally:
+        stop.gentle -= 1
 
 
 def drive(

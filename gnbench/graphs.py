@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Protocol
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from gnbench.devices import is_out_of_memory
 
 Work = Callable[[], None]
+
+MOST_BRANCHES = 16  # of a graph; more would take up memory, and torch has 32 streams for them
 
 
 class RecordingError(RuntimeError):
@@ -61,23 +63,25 @@ class CudaGraphs:
         """Do the work on the stream of the recording, so that nothing is bound to another one."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with (
-            torch.cuda.device(self._device),
-            torch.cuda.stream(self._stream),
-            _no_waiting() if strictly else nullcontext(),
-        ):
-            work()
-        current.wait_stream(self._stream)
+        try:
+            with (
+                torch.cuda.device(self._device),
+                torch.cuda.stream(self._stream),
+                _no_waiting() if strictly else nullcontext(),
+            ):
+                work()
+        finally:
+            current.wait_stream(self._stream)
 
     def record(self, work: Work) -> Work:
         """Capture the work, which is not done; what is returned launches it as one graph."""
         graph = torch.cuda.CUDAGraph()
-        causes = []
+        causes: list[BaseException] = []
 
         def noting_errors() -> None:
             try:
                 work()
-            except Exception as error:
+            except BaseException as error:
                 causes.append(error)  # the end of a capture that failed raises another one
                 raise
 
@@ -91,9 +95,10 @@ class CudaGraphs:
                 ),
             ):
                 noting_errors()
-        except Exception:
+        except BaseException:
+            self.renew()
             if causes:
-                raise causes[0] from None
+                raise causes.pop() from None  # kept, it would keep what the step has allocated
             raise
         return graph.replay
 
@@ -107,9 +112,17 @@ class CudaGraphs:
             current = torch.cuda.current_stream(self._device)
             for stream in streams:  # before any work, or the second would wait for the first
                 stream.wait_stream(current)
-            for stream, work in zip(streams, works, strict=True):
-                with torch.cuda.stream(stream):
-                    work()
+            try:
+                for stream, work in zip(streams, works, strict=True):
+                    with torch.cuda.stream(stream):
+                        work()
+            except BaseException:
+                with suppress(Exception):  # in a capture that has failed
+                    join(current)
+                raise
+            join(current)
+
+        def join(current: torch.cuda.Stream) -> None:
             for stream in streams:
                 current.wait_stream(stream)
 
@@ -199,7 +212,10 @@ class Program:
         if self._replay is not None:
             self._replay()
             return
-        before = self._snapshot()
+        try:
+            before = self._snapshot()
+        except Exception as error:
+            raise RecordingError(_reason(error)) from error
         try:
             # A capture that fails leaves traces in torch: what would make it fail is tried first.
             self._recorder.run(self._work, strictly=True)
@@ -209,8 +225,10 @@ class Program:
             before.restore()
             replay()
             repeats = self._snapshot().equals(plain)
-        except Exception as error:
+        except BaseException as error:
             before.restore()
+            if not isinstance(error, Exception):
+                raise
             raise RecordingError(_reason(error)) from error
         if not repeats:
             before.restore()
@@ -238,7 +256,8 @@ class Pack:
 
     What a member asks for is done as soon as all have asked, or when it asks for more or wants to
     see what has become of it (`settle`). So a graph has as many branches as there are members in
-    step. Works of different ``key`` go into different graphs.
+    step. Works of different ``key`` go into graphs of their own, and so does what does not fit into
+    one. What interrupts a work ends all who had asked for some: how far it came nobody knows.
     """
 
     def __init__(self, recorder: Recorder, device: torch.device) -> None:
@@ -246,7 +265,9 @@ class Pack:
         self._device = device
         self._members: list[Member] = []
         self._asked: dict[Member, tuple[Hashable, Work]] = {}
-        self._programs: dict[tuple[Hashable, tuple[Member, ...]], Program] = {}
+        self._ended: dict[Member, BaseException] = {}  # by what
+        # None: not together
+        self._programs: dict[tuple[Hashable, tuple[Member, ...]], Program | None] = {}
 
     def join(self, member: Member) -> None:
         """Take in another training."""
@@ -256,6 +277,7 @@ class Pack:
         """Have no more to do with it."""
         self._members = [other for other in self._members if other is not member]
         self._asked.pop(member, None)
+        self._ended.pop(member, None)
         self.forget(member)
 
     def forget(self, member: Member) -> None:
@@ -265,6 +287,8 @@ class Pack:
             for (key, members), program in self._programs.items()
             if member not in members
         }
+        if not self._programs:
+            self.recorder.renew()
 
     def ask(self, member: Member, key: Hashable, work: Work) -> None:
         """Have the work done by the time that the member settles, at the latest."""
@@ -274,15 +298,25 @@ class Pack:
             self._do_all()
 
     def settle(self, member: Member) -> None:
-        """Do what it has asked for, together with what the others have."""
+        """Do what it has asked for, together with what the others have.
+
+        Raises:
+            BaseException: the one that interrupted this work.
+        """
+        if member in self._ended:
+            raise self._ended[member]
         if member in self._asked:
             self._do_all()
 
     def _do_all(self) -> None:
         asked, self._asked = self._asked, {}
-        for key in {key: None for key, _ in asked.values()}:
-            together = [m for m in self._members if m in asked and asked[m][0] == key]
-            self.do(key, {member: asked[member][1] for member in together})
+        try:
+            for key in {key: None for key, _ in asked.values()}:
+                together = [m for m in self._members if m in asked and asked[m][0] == key]
+                self.do(key, {member: asked[member][1] for member in together})
+        except BaseException as error:
+            self._ended |= dict.fromkeys(asked, error)
+            raise
 
     def do(self, key: Hashable, works: Mapping[Member, Work]) -> None:
         """Do these members' work now, side by side; what cannot be replayed they are refused."""
@@ -294,11 +328,21 @@ class Pack:
                 lambda: [tensor for member in members for tensor in member.state()],
                 self._device,
             )
-        try:
-            self._programs[key, members]()
-        except RecordingError as error:
+        program = self._programs[key, members]
+        refusal = None
+        if program is not None:
+            try:
+                program()
+                return
+            except RecordingError as error:
+                refusal = str(error)  # the error itself would keep what the step has allocated
+        if refusal is not None and len(works) == 1:
             for member, work in works.items():
-                member.refuse(str(error), work)
+                member.refuse(refusal, work)
+            return
+        self._programs[key, members] = None
+        for member, work in works.items():
+            self.do(key, {member: work})
 
 
 def _reason(error: Exception) -> str:

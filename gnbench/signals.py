@@ -34,7 +34,7 @@ class Stop:
     """A signal that arrived, and whether to wait for the end of the step."""
 
     number: int | None = None
-    gentle: bool = False
+    gentle: int = 0  # trainings under way, which look for it after every step
     since: float = 0.0
 
 

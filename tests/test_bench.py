@@ -130,12 +130,19 @@ def test_a_chain_is_as_many_kernels_one_after_another(monkeypatch):
     assert token.item() == 4 * contenders.LINKS  # warmed up, recorded, and twice
 
 
-def test_replicas_are_timed_in_step(monkeypatch):
+def test_replicas_are_timed_in_step(monkeypatch, tmp_path):
     recorder = Recorder()
     monkeypatch.setattr(graphs, "recorder", lambda device: recorder)
-    loop = EngineLoop(compose(*tiny.OVERRIDES, "norm=bn", "epochs=50"), replicas=3)
+    config = compose(*tiny.OVERRIDES, "norm=bn", "epochs=50")
+    plain, loop = PlainLoop(config), EngineLoop(config, replicas=3)
+    plain.take(3)
+    plain.save(tmp_path / "state.pt")
+    loop.load(tmp_path / "state.pt")
     assert loop.take(40) == 3 * 40
     assert recorder.replays[3] > 0
+    assert [training.engine.kind for training in loop.trainings] == ["graph"] * 3
+    states = [training.engine.optimizer.state.values() for training in loop.trainings]
+    assert len({next(iter(state))["exp_avg"].data_ptr() for state in states}) == 3
     assert len({weights(training.engine.model).sum().item() for training in loop.trainings}) == 3
     assert (loop.engine_name(None), loop.kernels(None)) == ("graph", None)
 

@@ -127,18 +127,36 @@ def test_what_no_graph_can_hold_is_trained_without(tiny_config, caplog):
     assert caplog.text.count("cannot be captured") == 3
 
 
-def test_without_memory_for_all_at_once_each_goes_on_alone(tiny_config, caplog):
+@pytest.mark.parametrize("where", ["first look", "step", "record"])
+def test_without_memory_for_all_at_once_each_has_a_graph_of_its_own(
+    tiny_config, monkeypatch, caplog, where
+):
+    full = torch.OutOfMemoryError("CUDA out of memory")
+
     class Small(Recorder):
         def run(self, work, strictly=False):
             super().run(work, strictly)
-            if strictly and work.branches > 1:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+            if strictly and work.branches > 1 and where == "step":
+                raise full
 
-    configs = seeds(tiny_config, *SHORT)
-    expected = [rows(start(config)) for config in configs]
-    packed = built(configs, Pack(Small(), CPU))
-    assert in_turns(packed) == expected
-    assert caplog.text.count("no memory for a graph; going on with engine=eager") == 3
+        def record(self, work):
+            replay = super().record(work)
+            if work.branches > 1 and where == "record":
+                raise full
+            return replay
+
+    class Look(graphs.Snapshot):
+        def __init__(self, tensors, device):
+            super().__init__(tensors, device)
+            positions = [t for t in tensors if (t.dtype, t.shape) == (torch.int64, (1,))]
+            if len(positions) == 3 and where == "first look":
+                raise full
+
+    monkeypatch.setattr(graphs, "Snapshot", Look)
+    recorder = Small()
+    assert_packed_as_alone(seeds(tiny_config, *SHORT, "norm=bn"), Pack(recorder, CPU))
+    assert set(recorder.replays) == {1}
+    assert caplog.text == ""
 
 
 def alone(tiny_config, tmp_path, *settings):
@@ -184,8 +202,7 @@ def test_replicas_are_packed_and_each_has_its_directory(tiny_config, tmp_path, r
     assert recorder.replays.total() == before
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_a_signal_has_all_of_them_save_and_end(tiny_config, tmp_path, recorder, monkeypatch, times):
+def test_a_signal_has_all_of_them_save_and_end(tiny_config, tmp_path, recorder, monkeypatch):
     config = tiny_config(*REPLICAS)
     take = GraphEngine.train_steps
 
@@ -193,8 +210,7 @@ def test_a_signal_has_all_of_them_save_and_end(tiny_config, tmp_path, recorder, 
         taken = take(engine, epoch, at, most)
         if epoch.first_step + at == 14 and signalled.by is None:
             signalled.by = engine
-            for _ in range(times):
-                os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
         return taken
 
     signalled.by = None
@@ -212,6 +228,70 @@ def test_a_signal_has_all_of_them_save_and_end(tiny_config, tmp_path, recorder, 
     assert steps == [18, 14, 14]  # the first one was a call ahead
     assert [record["status"] for _, record in run_all(members(config))] == ["completed"] * 3
     assert found(members(config)) == alone(tiny_config, tmp_path, *SHORT, "norm=bn")
+
+
+def breaking(recorder, at, *events):
+    """Have these happen in the midst of the ``at``-th replay of all three."""
+    record = recorder.record
+
+    def recording(work):
+        replay = record(work)
+        kernels = recorder.calls
+
+        def broken():
+            if work.branches == 3 and recorder.replays[3] == at - 1:
+                recorder.replays[3] += 1
+                with torch.inference_mode():
+                    for kernel, args, kwargs, _ in kernels[: len(kernels) // 2]:
+                        kernel(*args, **kwargs)
+                for event in events:
+                    event()
+            replay()
+
+        return broken
+
+    recorder.record = recording
+
+
+def fail():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("events", [(terminate, terminate), (fail,)])
+def test_none_goes_on_from_steps_cut_short(tiny_config, tmp_path, recorder, monkeypatch, events):
+    """By a second signal, which does not wait for the end of a step, or a fault of the device."""
+    monkeypatch.setattr("gnbench.signals.ECHO", 0)
+    config = tiny_config(*REPLICAS)
+    breaking(recorder, 3, *events)
+    if fail in events:
+        assert [str(error) for _, error in run_all(members(config))] == 3 * [
+            "CUDA error: an illegal memory access was encountered"
+        ]
+        expected = "failed"
+    else:
+        with pytest.raises(Interrupted):
+            list(run_all(members(config)))
+        expected = "interrupted"
+    assert [Run(place).record()["status"] for _, place in members(config)] == 3 * [expected]
+    assert [record["status"] for _, record in run_all(members(config))] == 3 * ["completed"]
+    assert found(members(config)) == alone(tiny_config, tmp_path, *SHORT, "norm=bn")
+
+
+def test_a_signal_before_the_first_step_begins_no_other(tiny_config, recorder, monkeypatch):
+    begun = []
+
+    def load(config):
+        begun.append(config.seed)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(execution, "load_dataset", load)
+    with pytest.raises(Interrupted):
+        list(run_all(members(tiny_config(*REPLICAS))))
+    assert begun == [3]
 
 
 def test_those_behind_catch_up_and_go_on_in_step(tiny_config, tmp_path, recorder, monkeypatch):
@@ -289,6 +369,33 @@ def test_one_that_another_process_trains_is_passed_over(tiny_config, recorder, c
     assert not isnan(sweep.attempt(config, str(record_of(config).directory)))
 
 
+def test_with_wait_it_comes_after_the_others(tiny_config, recorder):
+    config = tiny_config(*REPLICAS, "wait=true")
+    _, (_, second), _ = members(config)
+    with Run(second).locked():
+        outcomes = run_all(members(config))
+        assert [next(outcomes)[0], next(outcomes)[0]] == [0, 2]
+    [(number, record)] = outcomes
+    assert (number, record["status"]) == (1, "completed")
+
+
+def test_a_signal_is_heeded_while_a_later_one_waits(tiny_config, monkeypatch):
+    """On a CPU: the first one is complete, and nothing is left to save."""
+    config = tiny_config(*REPLICAS, "wait=true")
+    _, (_, second), _ = members(config)
+
+    def hold(*_):
+        terminate()
+        raise AssertionError("not heeded at once")
+
+    with Run(second).locked():
+        outcomes = run_all(members(config))
+        next(outcomes)
+        monkeypatch.setattr(Run, "locked", hold)
+        with pytest.raises(Interrupted):
+            next(outcomes)
+
+
 def test_what_draws_random_numbers_goes_one_by_one(tiny_config, tmp_path, recorder, caplog):
     caplog.set_level(logging.INFO)
     settings = (*SHORT, "norm=bn", "model.dropout=0.2")
@@ -304,6 +411,7 @@ def test_what_draws_random_numbers_goes_one_by_one(tiny_config, tmp_path, record
 def test_one_without_room_beside_the_others_comes_after_them(
     tiny_config, tmp_path, recorder, monkeypatch, caplog
 ):
+    caplog.set_level(logging.INFO)
     build = execution.build_training
     under_way = []
 
@@ -320,6 +428,26 @@ def test_one_without_room_beside_the_others_comes_after_them(
     assert numbers == [0, 1, 2]
     assert caplog.text.count("once more, alone") == 1
     assert recorder.replays[2] > 0
+    assert found(members(config)) == alone(tiny_config, tmp_path, *SHORT, "norm=bn")
+
+
+def test_one_without_room_for_its_checkpoint_leaves_the_pack(
+    tiny_config, tmp_path, recorder, monkeypatch
+):
+    config = tiny_config(*REPLICAS)
+    stop_at(14, members(config)[1], monkeypatch)
+    packs = []
+    load = GraphEngine.load_state_dict
+
+    def full(engine, state):
+        packs.append(engine._pack)
+        if len(packs) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        load(engine, state)
+
+    monkeypatch.setattr(GraphEngine, "load_state_dict", full)
+    assert [number for number, _ in run_all(members(config))] == [0, 2, 1]
+    assert packs[0]._members == []
     assert found(members(config)) == alone(tiny_config, tmp_path, *SHORT, "norm=bn")
 
 
@@ -350,4 +478,24 @@ def test_they_share_one_copy_of_the_images(tiny_config, recorder, monkeypatch):
 def test_on_cuda_each_of_a_pack_is_what_it_is_alone(tiny_config, norm):
     device = torch.device("cuda", 0)
     configs = seeds(tiny_config, *SHORT, f"norm={norm}", "device=cuda", "engine=eager")
+    assert_packed_as_alone(configs, Pack(graphs.CudaGraphs(device), device))
+
+
+@pytest.mark.cuda
+@on_cuda
+def test_on_cuda_a_branch_that_cannot_be_captured_costs_the_others_nothing(tiny_config):
+    device = torch.device("cuda", 0)
+    configs = seeds(tiny_config, *SHORT, "norm=bn", "device=cuda", "engine=eager")
+    expected = [rows(start(config)) for config in configs]
+    packed = built(configs, Pack(graphs.CudaGraphs(device), device))
+
+    def refuse(*_):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("not in a capture")
+
+    packed[1].engine.model.register_forward_pre_hook(refuse)
+    assert in_turns(packed) == expected
+    assert [training.engine.kind for training in packed] == ["graph", "eager", "graph"]
+    for training in packed:
+        training.engine.close()
     assert_packed_as_alone(configs, Pack(graphs.CudaGraphs(device), device))
