@@ -3,6 +3,7 @@
 On a CPU kernels are recorded and replayed as a CUDA graph would (tests.replays).
 """
 
+import copy
 import dataclasses
 import logging
 import os
@@ -460,7 +461,7 @@ def test_more_than_a_graph_has_branches_go_in_groups(tiny_config, recorder, monk
 
 def test_they_share_one_copy_of_the_images(tiny_config, recorder, monkeypatch):
     addresses = set()
-    build = execution.build_training
+    build, load = execution.build_training, execution.load_dataset
 
     def noted(*arguments):
         training = build(*arguments)
@@ -468,6 +469,8 @@ def test_they_share_one_copy_of_the_images(tiny_config, recorder, monkeypatch):
         return training
 
     monkeypatch.setattr(execution, "build_training", noted)
+    # As it would be if a GPU had to have its own.
+    monkeypatch.setattr(execution, "load_dataset", lambda config: copy.deepcopy(load(config)))
     list(run_all(members(tiny_config(*REPLICAS, "epochs=1"))))
     assert len(addresses) == 1
 
