@@ -291,8 +291,7 @@ class Pack:
             self.recorder.renew()
 
     def ask(self, member: Member, key: Hashable, work: Work) -> None:
-        """Have the work done by the time that the member settles, at the latest."""
-        self.settle(member)
+        """Have the work of a member that has settled done when it settles again, at the latest."""
         self._asked[member] = (key, work)
         if len(self._asked) == len(self._members):
             self._do_all()
