@@ -202,16 +202,27 @@ class Program:
         self._state = state
         self._device = device
         self._replay: Work | None = None
+        self._refusal: str | None = None
 
     def __call__(self) -> None:
         """Do the work once.
 
         Raises:
-            RecordingError: if it cannot be replayed; then all is as it was before.
+            RecordingError: if it cannot be replayed, from then on every time; it is not done.
         """
+        if self._refusal is not None:
+            raise RecordingError(self._refusal)
         if self._replay is not None:
             self._replay()
             return
+        try:
+            self._replay = self._proven()
+        except RecordingError as error:
+            self._refusal = str(error)
+            raise
+
+    def _proven(self) -> Work:
+        """Do the work and return its recording; if anything fails, put back what was before."""
         try:
             before = self._snapshot()
         except Exception as error:
@@ -224,16 +235,14 @@ class Program:
             replay = self._recorder.record(self._work)
             before.restore()
             replay()
-            repeats = self._snapshot().equals(plain)
+            if not self._snapshot().equals(plain):
+                raise RecordingError("a replayed step does not repeat what the step itself does")
         except BaseException as error:
             before.restore()
-            if not isinstance(error, Exception):
+            if isinstance(error, RecordingError) or not isinstance(error, Exception):
                 raise
             raise RecordingError(_reason(error)) from error
-        if not repeats:
-            before.restore()
-            raise RecordingError("a replayed step does not repeat what the step itself does")
-        self._replay = replay
+        return replay
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(self._state(), self._device)
@@ -266,8 +275,7 @@ class Pack:
         self._members: list[Member] = []
         self._asked: dict[Member, tuple[Hashable, Work]] = {}
         self._ended: dict[Member, BaseException] = {}  # by what
-        # None: not together
-        self._programs: dict[tuple[Hashable, tuple[Member, ...]], Program | None] = {}
+        self._programs: dict[tuple[Hashable, tuple[Member, ...]], Program] = {}
 
     def join(self, member: Member) -> None:
         """Take in another training."""
@@ -327,21 +335,16 @@ class Pack:
                 lambda: [tensor for member in members for tensor in member.state()],
                 self._device,
             )
-        program = self._programs[key, members]
-        refusal = None
-        if program is not None:
-            try:
-                program()
-                return
-            except RecordingError as error:
-                refusal = str(error)  # the error itself would keep what the step has allocated
-        if refusal is not None and len(works) == 1:
-            for member, work in works.items():
-                member.refuse(refusal, work)
+        try:
+            self._programs[key, members]()
             return
-        self._programs[key, members] = None
+        except RecordingError as error:
+            reason = str(error)  # the error itself would keep what the step has allocated
         for member, work in works.items():
-            self.do(key, {member: work})
+            if len(works) > 1:
+                self.do(key, {member: work})
+            else:
+                member.refuse(reason, work)
 
 
 def _reason(error: Exception) -> str:
