@@ -162,7 +162,7 @@ class Team:
         peaks = self.ask("memory")
         self.memory = None if None in peaks else sum(peaks)
         if self.contender.engine != PLAIN:
-            if others := set(self.ask("engine_name")) - {self.contender.way}:
+            if others := set().union(*self.ask("engine_names")) - {self.contender.way}:
                 raise ContenderError(f"{self.contender}: fell back to {others.pop()}")
             self.bookkeeping = max(self.ask("bookkeeping"), key=lambda found: found.epoch_seconds)
             self.kernels = self.ask("kernels")[0]
@@ -273,6 +273,7 @@ def measure(
     Raises:
         ContenderError: if the plain loop fails, or anyone once all have been built.
     """
+    from gnbench.engine import GraphEngine
     from gnbench.experiment import compose, draws_random_numbers
 
     with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
@@ -298,6 +299,8 @@ def measure(
         leader.ask("save", state)
         for team in others:
             team.ask("load", state)
+            if team.contender.engine == GraphEngine.kind:
+                team.ask("pass_epoch_ends")
         bar.update()
         rates = take_turns({**teams, **_hardware(case, config)}, config, bar)
         for contender, team in list(teams.items()):

@@ -53,6 +53,7 @@ MATMUL_SIZE = 2048  # rows and columns of the matrices by whose product the hard
 MATMUL_FLOPS = 2 * MATMUL_SIZE**3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BOOKKEEPING_ROUNDS = 3  # in each of which an epoch without steps is gone through twice
+ENDS = 3  # of epochs: the first warms up, at the second graphs are recorded
 LINKS = 1000  # of a chain of kernels
 COUNTED_STEPS = 128  # whose kernels are counted, one look at the loss among them
 ADAM_MOMENTS = 2  # numbers that Adam keeps for a parameter
@@ -152,12 +153,12 @@ class EngineLoop:
         ).to(device)
         self.config = config
         self.device = device
-        pack = pack_for(config, device) if replicas > 1 else None
+        self._pack = pack_for(config, device) if replicas > 1 else None
         self.trainings = []
         for seed in range(config.seed, config.seed + replicas):
             one = config.copy()
             one.seed = seed
-            self.trainings.append(build_training(one, dataset, device, pack))
+            self.trainings.append(build_training(one, dataset, device, self._pack))
         self.training = self.trainings[0]
         self._calls = [training.run() for training in self.trainings]
 
@@ -180,9 +181,20 @@ class EngineLoop:
         for training in self.trainings:
             training.engine.load_state_dict(state)
 
-    def engine_name(self, nothing: None) -> str:
-        """Return what the engine is called by now: it may have fallen back."""
-        return self.training.engine.name
+    def engine_names(self, nothing: None) -> set[str]:
+        """Return what the engines are called by now: they may have fallen back."""
+        names = {training.engine.name for training in self.trainings}
+        return names | ({"graphs one by one"} if self._pack and self._pack.divided else set())
+
+    def pass_epoch_ends(self, nothing: None) -> None:
+        """Have the graphs of an epoch's end recorded before the clock runs."""
+        for _ in range(ENDS):
+            for training in self.trainings:
+                late = max(0, training.steps_per_epoch - 2 * STEPS_A_GRAPH)
+                epoch = training.position.epoch
+                training.position = Position(epoch=epoch, step=late, epoch_step=late)
+            self._calls = [training.run() for training in self.trainings]
+            self.take(self.training.steps_per_epoch - self.training.position.step + 1)
 
     def kernels(self, nothing: None) -> float | None:
         """Count the kernels and copies that a step is on a GPU, with all that goes with it."""
@@ -232,7 +244,7 @@ class Bookkeeping:
 
         ``steps_per_second`` are those of all, ``pause`` the seconds between checkpoints of each.
         """
-        pause = max(pause, self.checkpoint_seconds / execution.CHECKPOINT_SHARE)
+        pause = max(pause, replicas * self.checkpoint_seconds / execution.CHECKPOINT_SHARE)
         saving = replicas * self.checkpoint_seconds / pause
         return self.epoch_seconds * steps_per_second / self.steps + saving
 
@@ -245,6 +257,7 @@ class _Idle:
         self.device = other.device
         self.crew = other.crew
         self.learning_rate = other.learning_rate
+        self.companions = other.companions
 
     def train_steps(self, epoch: Epoch, at: int, most: int) -> int:
         return min(self._steps, most)
@@ -293,6 +306,7 @@ class Chain:
             for _ in range(LINKS):
                 token.add_(1)
 
+        self._token = token  # a graph does not hold on to it
         alone = recorder.side_by_side([work])
         recorder.run(alone)
         self._replay = recorder.record(alone)
@@ -355,10 +369,11 @@ def serve(
     """Build trainings of ``engine``, or the plain loop (None), and do as told until hung up on.
 
     Orders: ``("take", count)`` is answered by the number of steps taken, ``("save", path)`` and
-    ``("load", path)`` by None, ``("memory", None)`` by the peak memory in bytes and, by an engine,
-    ``("engine_name", None)`` by that, ``("kernels", None)`` by their number a step or None and
-    ``("bookkeeping", None)`` by a `Bookkeeping`. The first answer is a `Report`; ``began`` is the
-    time (`time.time`) at which the process was started.
+    ``("load", path)`` by None, ``("memory", None)`` by the peak memory in bytes; by an engine,
+    ``("pass_epoch_ends", None)`` by None, ``("engine_names", None)`` by those,
+    ``("kernels", None)`` by their number a step or None and ``("bookkeeping", None)`` by a
+    `Bookkeeping`. The first answer is a `Report`; ``began`` is the time (`time.time`) at which the
+    process was started.
     """
     with suppress(BrokenPipeError):  # hung up on before an answer
         try:

@@ -90,6 +90,11 @@ class EagerEngine:
         """What the engine is called in the record of a run."""
         return self.kind if self._compiled is None else f"{self.kind} compiled"
 
+    @property
+    def companions(self) -> int:
+        """How many trainings of this process stand still while one of them does, this included."""
+        return 1
+
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of the ``step``-th step of the training (from 0)."""
         return self.base_lr * self.schedule(step)
@@ -253,6 +258,11 @@ class GraphEngine(EagerEngine):
         self._pack = pack
         self._pack.join(self)
 
+    @property
+    def companions(self) -> int:
+        """How many trainings of this process stand still while one of them does, this included."""
+        return max(1, self._pack.size)
+
     def train_steps(self, epoch: Epoch, at: int, most: int) -> int:
         """Take steps as `EagerEngine.train_steps`, up to `STEPS_A_GRAPH` of them."""
         self._settle()
@@ -314,7 +324,6 @@ class GraphEngine(EagerEngine):
         self._epoch = None
         self._warm.clear()
         self._pack.forget(self)
-        self._pack.recorder.renew()
 
     def close(self) -> None:
         """Let go of the graphs and their memory: they and this engine hold each other."""

@@ -454,7 +454,8 @@ def drive(
     presence.total_steps = training.total_steps
 
     def wants_checkpoint() -> bool:
-        pause = max(config.checkpoint_seconds, cost / CHECKPOINT_SHARE)
+        costs = training.engine.companions * cost
+        pause = max(config.checkpoint_seconds, costs / CHECKPOINT_SHARE)
         return bool(time.monotonic() - saved > pause)
 
     def save() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from gnbench.devices import is_out_of_memory
+
+log = logging.getLogger(__name__)
 
 Work = Callable[[], None]
 
@@ -155,8 +158,7 @@ class Snapshot:
         self._tensors = tensors
         self._device = device
         self._values = [tensor.detach().clone() for tensor in tensors]
-        cuda = device.type == "cuda"
-        self._generator = torch.cuda.get_rng_state(device) if cuda else torch.get_rng_state()
+        self._generator = self._draws()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -168,15 +170,17 @@ class Snapshot:
         else:
             torch.set_rng_state(self._generator)
 
-    def equals(self, other: Snapshot) -> bool:
-        """Compare bit for bit, but every NaN with every other."""
-        pairs = zip(
-            [*self._values, self._generator], [*other._values, other._generator], strict=True
+    def holds(self) -> bool:
+        """Tell whether the values are the same now, bit for bit, but every NaN as every other."""
+        return torch.equal(self._generator, self._draws()) and all(
+            torch.equal(now, then) or torch.allclose(now, then, rtol=0, atol=0, equal_nan=True)
+            for now, then in zip(self._tensors, self._values, strict=True)
         )
-        return all(
-            torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-            for a, b in pairs
-        )
+
+    def _draws(self) -> Tensor:
+        if self._device.type == "cuda":
+            return torch.cuda.get_rng_state(self._device)
+        return torch.get_rng_state()
 
 
 class Program:
@@ -235,10 +239,11 @@ class Program:
             replay = self._recorder.record(self._work)
             before.restore()
             replay()
-            if not self._snapshot().equals(plain):
+            if not plain.holds():
                 raise RecordingError("a replayed step does not repeat what the step itself does")
         except BaseException as error:
             before.restore()
+            self._recorder.renew()  # memory that a lost graph has left behind cannot be shared
             if isinstance(error, RecordingError) or not isinstance(error, Exception):
                 raise
             raise RecordingError(_reason(error)) from error
@@ -266,11 +271,13 @@ class Pack:
     What a member asks for is done as soon as all have asked, or when it asks for more or wants to
     see what has become of it (`settle`). So a graph has as many branches as there are members in
     step. Works of different ``key`` go into graphs of their own, and so does what does not fit into
-    one. What interrupts a work ends all who had asked for some: how far it came nobody knows.
+    one (``divided`` then says so). What interrupts a work ends all who had asked for some: how far
+    it came nobody knows.
     """
 
     def __init__(self, recorder: Recorder, device: torch.device) -> None:
         self.recorder = recorder
+        self.divided = False
         self._device = device
         self._members: list[Member] = []
         self._asked: dict[Member, tuple[Hashable, Work]] = {}
@@ -295,8 +302,12 @@ class Pack:
             for (key, members), program in self._programs.items()
             if member not in members
         }
-        if not self._programs:
-            self.recorder.renew()
+        self.recorder.renew()
+
+    @property
+    def size(self) -> int:
+        """How many members it has."""
+        return len(self._members)
 
     def ask(self, member: Member, key: Hashable, work: Work) -> None:
         """Have the work of a member that has settled done when it settles again, at the latest."""
@@ -340,6 +351,9 @@ class Pack:
             return
         except RecordingError as error:
             reason = str(error)  # the error itself would keep what the step has allocated
+        if len(works) > 1 and not self.divided:
+            self.divided = True
+            log.warning("%d replicas at once: %s; each has graphs of its own", len(works), reason)
         for member, work in works.items():
             if len(works) > 1:
                 self.do(key, {member: work})

@@ -22,7 +22,8 @@ class Row:
 
     ``epoch`` counts from 1, ``step`` is the number of steps taken since the start, ``lr`` is that
     of the last one. Training loss and error are means over the images as they were trained on.
-    ``images_per_second`` counts training only, ``seconds`` the evaluation too.
+    ``images_per_second`` counts training only, ``seconds`` the evaluation too. Side by side with
+    others both count what those do meanwhile.
     """
 
     epoch: int

@@ -117,7 +117,9 @@ def test_on_a_gpu_the_limit_may_be_the_chain_of_kernels():
     assert [row["limit_ms_per_step"] for row in rows] == pytest.approx([0.08, 0.08, 0.05])
     assert [row["limit_fraction"] for row in rows] == pytest.approx([0.04, 0.5, 1.25])
     assert [row["kernels_per_step"] for row in rows] == [None, 90, 80]
-    assert rows[2]["overhead"] == pytest.approx(0.1 * 25 + 8 * 0.25 / 50)
+    assert rows[2]["overhead"] == pytest.approx(
+        0.1 * 25 + 0.01
+    )  # a hundred times what all their checkpoints take apart
 
 
 def test_a_chain_is_as_many_kernels_one_after_another(monkeypatch):
@@ -144,7 +146,31 @@ def test_replicas_are_timed_in_step(monkeypatch, tmp_path):
     states = [training.engine.optimizer.state.values() for training in loop.trainings]
     assert len({next(iter(state))["exp_avg"].data_ptr() for state in states}) == 3
     assert len({weights(training.engine.model).sum().item() for training in loop.trainings}) == 3
-    assert (loop.engine_name(None), loop.kernels(None)) == ("graph", None)
+    assert (loop.engine_names(None), loop.kernels(None)) == ({"graph"}, None)
+
+
+def test_no_graph_of_an_epoch_s_end_is_recorded_while_the_clock_runs(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(graphs, "recorder", lambda device: recorder)
+    config = compose(*tiny.OVERRIDES, "norm=bn", "batch_size=2", "epochs=50")  # 16 + 8 steps
+    loop = EngineLoop(config, replicas=2)
+    loop.pass_epoch_ends(None)
+    recorded = recorder.recorded
+    assert recorded == 2 + 2  # sixteen steps, one, and the evaluation of either
+    loop.take(60)
+    assert recorder.recorded == recorded
+    record = recorder.record
+
+    def not_together(work):
+        if work.branches == 2:
+            raise RuntimeError("not captured")
+        return record(work)
+
+    recorder.record = not_together
+    for training in loop.trainings:
+        training.engine.load_state_dict(training.engine.state_dict())
+    loop.take(60)
+    assert loop.engine_names(None) == {"graph", "graphs one by one"}
 
 
 def test_packed_replicas_are_timed_where_there_are_graphs(monkeypatch):
