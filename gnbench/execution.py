@@ -297,6 +297,7 @@ def _carry_out(
     place.write_record(record)
     training: Training | None = None
     seconds_before = 0.0
+    gentle = 0
 
     def elapsed() -> float:
         return seconds_before + time.monotonic() - started
@@ -329,6 +330,8 @@ def _carry_out(
             seconds_before = state["seconds"]
             log.info("%s resumes after step %d", run_id(config), training.position.step)
         _announce(config, training)
+        gentle = 1
+        stop.gentle += gentle
         yield from drive(config, place, training, rows, presence, stop, elapsed)
         place.save_model(training.engine.model.state_dict())
     except KeyboardInterrupt:
@@ -361,6 +364,7 @@ def _carry_out(
         )
         return record
     finally:
+        stop.gentle -= gentle
         if training is not None:
             training.engine.close()
     training = state = None  # the next run of a sweep needs the memory
@@ -384,8 +388,10 @@ def _follow(
     dataset = load()
     training = _restored(config, dataset, device, None, given)
     training = training or build_training(config, dataset, device)
+    stop.gentle += 1
     for _ in _stoppable(training, stop, wants_checkpoint=lambda: False, save=training.state_dict):
         pass
+    stop.gentle -= 1
     return {"status": "completed", "result": None}
 
 
@@ -419,17 +425,13 @@ def _stoppable(
     save: Callable[[], object],
 ) -> Iterator[Row | None]:
     """Run the training step by step; save when it is time, and before a signal ends it."""
-    stop.gentle += 1
-    try:
-        for row in training.run():
-            yield row
-            number, due = training.engine.crew.agree(stop.number, wants_checkpoint())
-            if due or number is not None:
-                save()
-            if number is not None:
-                raise Interrupted(number)
-    finally:
-        stop.gentle -= 1
+    for row in training.run():
+        yield row
+        number, due = training.engine.crew.agree(stop.number, wants_checkpoint())
+        if due or number is not None:
+            save()
+        if number is not None:
+            raise Interrupted(number)
 
 
 def drive(

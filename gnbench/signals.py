@@ -34,7 +34,7 @@ class Stop:
     """A signal that arrived, and whether to wait for the end of the step."""
 
     number: int | None = None
-    gentle: int = 0  # trainings under way, which look for it after every step
+    gentle: int = 0  # runs under way that heed it after the step, or the file, at hand
     since: float = 0.0
 
 
