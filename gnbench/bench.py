@@ -37,7 +37,6 @@ if TYPE_CHECKING:  # imports torch: not for --help
 
 PLAIN = "plain"  # the contender that is no engine of gnbench
 PAUSE = 0.05  # seconds between two contenders, for the threads of one to fall asleep
-PROOFS = 3  # turns without a clock, after which a graph engine replays what it has proven
 SETTLING = 5  # steps before a turn is timed: more than data workers can have made ready
 QUICK = "--config-name=bench_quick"
 # Keys of the hardware's rates; those of matrix products are the precisions.
@@ -319,9 +318,6 @@ def take_turns(
 
     Returns how often a second each did its work, by round.
     """
-    for player in players.values():
-        for _ in range(PROOFS):
-            player.settle()
     counts = {
         key: max(1, round(config.seconds * player.rate(SETTLING) / player.trainings))
         for key, player in players.items()

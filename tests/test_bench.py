@@ -230,7 +230,6 @@ def test_everyone_has_a_turn_in_every_round(monkeypatch):
     bar = tqdm(file=io.StringIO())
     rates = take_turns({one: Counting("one", 1), two: Counting("two", 2)}, config, bar)
     assert rates == {one: [100.0] * 3, two: [100.0] * 3}
-    turns = turns[2 * bench.PROOFS :]  # without a clock
     assert turns[:2] == [("one", bench.SETTLING), ("two", bench.SETTLING)]
     for turn in range(3):
         block = turns[2 + 4 * turn :][:4]

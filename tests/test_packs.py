@@ -185,7 +185,7 @@ def found(members):
 
 def test_replicas_are_packed_and_each_has_its_directory(tiny_config, tmp_path, recorder):
     config = tiny_config(*REPLICAS)
-    assert isnan(sweep.attempt(config, str(record_of(config).directory))) is False
+    assert not isnan(sweep.attempt(config, str(record_of(config).directory)))
     assert recorder.replays == {3: 9, 1: 3 * 2}
     assert found(members(config)) == alone(tiny_config, tmp_path, *SHORT, "norm=bn")
     for one, place in members(config):
