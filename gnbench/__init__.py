@@ -12,16 +12,16 @@ from typing import Any
 from gnbench.config import ConfigError, replicas, run_id
 
 _LAZY = {
-    "compose": "gnbench.experiment",
-    "build_model": "gnbench.experiment",
-    "build_optimizer": "gnbench.experiment",
-    "load_dataset": "gnbench.experiment",
-    "build_training": "gnbench.experiment",
-    "run": "gnbench.execution",
-    "read_runs": "gnbench.aggregate",
-    "read_metrics": "gnbench.aggregate",
-    "summarize": "gnbench.aggregate",
-    "write_studies": "gnbench.aggregate",
+    "compose": "gnbench.build",
+    "build_model": "gnbench.build",
+    "build_optimizer": "gnbench.build",
+    "load_dataset": "gnbench.build",
+    "build_training": "gnbench.build",
+    "run": "gnbench.runs.runner",
+    "read_runs": "gnbench.aggregate.study",
+    "read_metrics": "gnbench.aggregate.study",
+    "summarize": "gnbench.aggregate.study",
+    "write_studies": "gnbench.aggregate.study",
 }
 
 __all__ = ["ConfigError", "replicas", "run_id", *_LAZY]

@@ -10,8 +10,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from gnbench import cli, distributed, launchers, sweep
+from gnbench import cli
 from gnbench.config import conf_dir
+from gnbench.sweep import command as sweep
+from gnbench.sweep import launchers
+from gnbench.train import distributed
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
@@ -24,7 +27,7 @@ def app(config: DictConfig) -> float:
     if HydraConfig.get().mode == RunMode.MULTIRUN or config.replicas > 1:
         launchers.enter()
         return sweep.attempt(config, directory)
-    from gnbench.execution import run  # imports torch: not for --help
+    from gnbench.runs.runner import run  # imports torch: not for --help
 
     try:
         record = run(config, Path(directory))

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from gnbench import distributed
 from gnbench.config import ConfigError, one_line
-from gnbench.presence import LockedError
+from gnbench.runs.lock import LockedError
+from gnbench.train import distributed
 
 DONE, FAILED, BAD_INPUT, AT_WORK, INTERRUPTED = 0, 1, 2, 3, 130
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from gnbench import cli, grid
+from gnbench import cli
 from gnbench.config import conf_dir
-from gnbench.grid import Cell, Standing
+from gnbench.sweep import state as grid
+from gnbench.sweep.state import Cell, Standing
 
 
 def describe(study: Path, cells: Mapping[str, Cell | None], standings: list[Standing]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gnbench.experiment import compose
+from gnbench.build import compose
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]

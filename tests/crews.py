@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gnbench import distributed
-from gnbench.batches import draw_epoch
-from gnbench.engine import Epoch
-from gnbench.experiment import build_training, compose, load_dataset
+from gnbench.build import build_training, compose, load_dataset
 from gnbench.norms import SyncBatchNorm
+from gnbench.train import distributed
+from gnbench.train.batches import draw_epoch
+from gnbench.train.engine import Epoch
 from tests import faults, tiny
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 import gnbench.__main__
-from gnbench import datasets, execution, runs  # noqa: F401  (the forks need execution)
-from gnbench.experiment import compose
+from gnbench import datasets
+from gnbench.build import compose
+from gnbench.runs import directory as runs
 from tests import tiny
 
 torch.set_num_threads(1)

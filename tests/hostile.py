@@ -14,12 +14,12 @@ import torch
 from omegaconf import OmegaConf
 
 import gnbench.__main__
-import gnbench.aggregate
-import gnbench.figure
+import gnbench.aggregate.figure
+import gnbench.aggregate.study
 import gnbench.status  # noqa: F401  (the forks need these)
-from gnbench import execution
+from gnbench.build import base_lr, build_schedule, check_run, must_drop_last, training_length
 from gnbench.config import run_id
-from gnbench.experiment import base_lr, build_schedule, check_run, must_drop_last, training_length
+from gnbench.runs import runner as execution
 from tests.faults import FORKS, LOCK, end
 
 FORKS.set_forkserver_preload(["tests.faults", "tests.hostile"])  # if it does not run already

@@ -47,8 +47,9 @@ def storages(tree):
 
 
 class Recorder:
-    """Stands in for `gnbench.graphs.CudaGraphs`. Recording does the work as well: a Program must
-    not rely on it. ``replays`` counts them by the number of their branches.
+    """Stands in for `CudaGraphs`. Recording does the work as well: a Program must not rely on it.
+
+    ``replays`` counts them by the number of their branches.
     """
 
     def __init__(self):

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from gnbench import ConfigError, runs
-from gnbench.aggregate import (
+from gnbench import ConfigError
+from gnbench.aggregate.figure import STYLES, draw_curves, draw_errors
+from gnbench.aggregate.study import (
     CELL,
     describe,
     differing,
@@ -19,9 +20,9 @@ from gnbench.aggregate import (
     summarize,
     write_studies,
 )
+from gnbench.build import compose
 from gnbench.config import run_id
-from gnbench.experiment import compose
-from gnbench.figure import STYLES, draw_curves, draw_errors
+from gnbench.runs import directory as runs
 
 TEMPLATES: dict = {}
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gnbench.batches import PAD, EpochPlan, ResidentData, draw_epoch
+from gnbench.train.batches import PAD, EpochPlan, ResidentData, draw_epoch
 
 CPU = torch.device("cpu")
 

@@ -16,12 +16,15 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from gnbench import bench, contenders, devices, graphs
-from gnbench.bench import Case, Contender, ContenderError, Team, compare, take_turns
-from gnbench.contenders import MATMUL_FLOPS, Bookkeeping, EngineLoop, PlainLoop, count_flops
-from gnbench.experiment import compose
-from gnbench.figure import draw_speed
-from gnbench.runs import Run
+from gnbench.aggregate.figure import draw_speed
+from gnbench.bench import __main__ as bench
+from gnbench.bench import worker as contenders
+from gnbench.bench.__main__ import Case, Contender, ContenderError, Team, compare, take_turns
+from gnbench.bench.worker import MATMUL_FLOPS, Bookkeeping, EngineLoop, PlainLoop, count_flops
+from gnbench.build import compose
+from gnbench.runs.directory import Run
+from gnbench.train import cuda_graphs as graphs
+from gnbench.train import devices
 from tests import tiny
 from tests.conftest import started
 from tests.replays import Recorder

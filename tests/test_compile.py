@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gnbench.execution import run
+from gnbench.runs.runner import run
 from tests.test_graphs import NORMS
 from tests.test_training import assert_same_state, rows, start
 

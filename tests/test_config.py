@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 import gnbench
 from gnbench import ConfigError
+from gnbench.build import compose
 from gnbench.config import conf_dir, identity, run_id
-from gnbench.experiment import compose
 
 GROUPS = ("model", "norm", "dataset", "optimizer", "schedule", "batch", "experiment")
 FILES = sorted(p.relative_to(conf_dir()) for p in conf_dir().rglob("*.yaml"))
@@ -241,7 +241,7 @@ def test_checking_leaves_the_random_generator_alone():
 
 
 def test_the_report_s_group_norm_is_reachable_by_an_override():
-    from gnbench.experiment import build_model
+    from gnbench.build import build_model
     from gnbench.norms import ReferenceGroupNorm
 
     config = compose("norm._target_=gnbench.norms.ReferenceGroupNorm")

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from gnbench import datasets
+from gnbench.build import load_dataset
 from gnbench.config import ConfigError
 from gnbench.datasets import DataError, balanced_subset, cache, sources
-from gnbench.experiment import load_dataset
 
 ARRAYS = {
     "train_images": np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3),

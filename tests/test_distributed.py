@@ -10,9 +10,9 @@ import time
 import pytest
 import torch
 
+from gnbench.build import compose
 from gnbench.config import ConfigError, run_id
-from gnbench.distributed import Crew
-from gnbench.experiment import compose
+from gnbench.train.distributed import Crew
 from tests import crews, tiny
 from tests.conftest import measured, started
 

@@ -11,10 +11,10 @@ import weakref
 import pytest
 import torch
 
-from gnbench import engine
-from gnbench.engine import GraphEngine
-from gnbench.execution import run
-from gnbench.graphs import Pack
+from gnbench.runs.runner import run
+from gnbench.train import engine
+from gnbench.train.cuda_graphs import Pack
+from gnbench.train.engine import GraphEngine
 from tests import tiny
 from tests.replays import Recorder
 from tests.test_training import TIMES, assert_same_state, rows, start
@@ -118,7 +118,7 @@ def test_a_training_in_use_can_be_set_back(tiny_config):
 
 
 def test_a_diverging_run_ends_at_the_same_step(tiny_config, monkeypatch):
-    monkeypatch.setattr("gnbench.training.DIVERGENCE_CHECK", 4)
+    monkeypatch.setattr("gnbench.train.loop.DIVERGENCE_CHECK", 4)
     config = tiny_config("norm=none", "optimizer=sgd", "optimizer.lr=1e9", "batch_size=2")
     eager, replayed = start(config), graph(start(config))
     assert repr(rows(replayed)) == repr(rows(eager))  # of NaN, too

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from gnbench import ConfigError
-from gnbench.experiment import build_model, compose
+from gnbench.build import build_model, compose
 
 MODELS = ("simplenet", "simplenetv2", "resnet18", "resnet34", "resnet50")
 NORMS = ("none", "bn", "gn", "ln", "in", "lrn")

@@ -13,14 +13,18 @@ from math import isnan
 import pytest
 import torch
 
-from gnbench import engine, execution, graphs, grid, sweep
+from gnbench.build import build_training, draws_random_numbers, load_dataset
 from gnbench.config import run_id
-from gnbench.engine import GraphEngine
-from gnbench.execution import run_all
-from gnbench.experiment import build_training, draws_random_numbers, load_dataset
-from gnbench.graphs import Pack
-from gnbench.runs import Run
-from gnbench.signals import Interrupted
+from gnbench.runs import runner as execution
+from gnbench.runs.directory import Run
+from gnbench.runs.runner import run_all
+from gnbench.runs.signals import Interrupted
+from gnbench.sweep import command as sweep
+from gnbench.sweep import state as grid
+from gnbench.train import cuda_graphs as graphs
+from gnbench.train import engine
+from gnbench.train.cuda_graphs import Pack
+from gnbench.train.engine import GraphEngine
 from tests.conftest import measured
 from tests.replays import Recorder
 from tests.test_graphs import CASES, RECIPES, on_cuda
@@ -92,7 +96,7 @@ def test_it_is_so_with_every_recipe(tiny_config, settings):
 
 
 def test_one_that_diverges_does_not_end_the_others(tiny_config, monkeypatch):
-    monkeypatch.setattr("gnbench.training.DIVERGENCE_CHECK", 4)
+    monkeypatch.setattr("gnbench.train.loop.DIVERGENCE_CHECK", 4)
     configs = seeds(tiny_config, *SHORT, "norm=none", "optimizer=sgd")
     configs[1].optimizer.lr = 1e9
     recorder = Recorder()
@@ -266,7 +270,7 @@ def terminate():
 @pytest.mark.parametrize("events", [(terminate, terminate), (fail,)])
 def test_none_goes_on_from_steps_cut_short(tiny_config, tmp_path, recorder, monkeypatch, events):
     """By a second signal, which does not wait for the end of a step, or a fault of the device."""
-    monkeypatch.setattr("gnbench.signals.ECHO", 0)
+    monkeypatch.setattr("gnbench.runs.signals.ECHO", 0)
     config = tiny_config(*REPLICAS)
     breaking(recorder, 3, *events)
     if fail in events:

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from gnbench.experiment import compose
+from gnbench.build import compose
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text()

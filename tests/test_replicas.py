@@ -7,8 +7,8 @@ import pytest
 
 from gnbench import replicas
 from gnbench.config import run_id
-from gnbench.execution import run
-from gnbench.runs import Run, read_record
+from gnbench.runs.directory import Run, read_record
+from gnbench.runs.runner import run
 from tests import tiny
 from tests.conftest import measured, started
 

@@ -7,13 +7,16 @@ import threading
 import pytest
 import torch
 
-from gnbench import datasets, execution, experiment, runs
+from gnbench import build as experiment
+from gnbench import datasets
 from gnbench.config import ConfigError, run_id
-from gnbench.engine import EagerEngine
-from gnbench.execution import run
-from gnbench.presence import LockedError
-from gnbench.runs import Run
-from gnbench.signals import Interrupted
+from gnbench.runs import directory as runs
+from gnbench.runs import runner as execution
+from gnbench.runs.directory import Run
+from gnbench.runs.lock import LockedError
+from gnbench.runs.runner import run
+from gnbench.runs.signals import Interrupted
+from gnbench.train.engine import EagerEngine
 from tests.conftest import measured
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gnbench.experiment import base_lr, compose
+from gnbench.build import base_lr, compose
 from gnbench.schedules import constant, cosine, multistep
 
 

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from gnbench import cli, devices, grid, presence
-from gnbench.execution import run
-from gnbench.presence import LockedError, Sign
-from gnbench.runs import Run
+from gnbench import cli
+from gnbench.runs import lock as presence
+from gnbench.runs.directory import Run
+from gnbench.runs.lock import LockedError, Sign
+from gnbench.runs.runner import run
+from gnbench.sweep import state as grid
+from gnbench.train import devices
 from tests import faults, tiny
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 import gnbench
-from gnbench.batches import draw_epoch
-from gnbench.experiment import build_optimizer, build_training, compose, load_dataset
+from gnbench.build import build_optimizer, build_training, compose, load_dataset
+from gnbench.train.batches import draw_epoch
 from tests import tiny
 
 TIMES = {"images_per_second": 0.0, "seconds": 0.0}
@@ -131,7 +131,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tiny_config):
 
 def test_test_error_is_exact_and_in_eval_mode(tiny_config, monkeypatch):
     """Chunks that do not divide the test set; dropout off; running statistics untouched."""
-    monkeypatch.setattr("gnbench.engine.EVALUATION_CHUNK", 7)
+    monkeypatch.setattr("gnbench.train.engine.EVALUATION_CHUNK", 7)
     training = start(tiny_config("norm=bn", "model.dropout=0.9", "epochs=1"))
     [row] = rows(training)
     model = training.engine.model
@@ -233,7 +233,7 @@ def test_divergence_ends_the_run_with_a_measured_row(tiny_config):
 
 
 def test_divergence_within_an_epoch_is_seen_at_the_next_check(tiny_config, monkeypatch):
-    monkeypatch.setattr("gnbench.training.DIVERGENCE_CHECK", 4)
+    monkeypatch.setattr("gnbench.train.loop.DIVERGENCE_CHECK", 4)
     training = start(
         tiny_config("norm=none", "optimizer=sgd", "optimizer.lr=1e9", "batch_size=2", "epochs=9")
     )

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from gnbench import distributed
 from gnbench.config import ConfigError
+from gnbench.train import distributed
 
 log = logging.getLogger(__name__)
 

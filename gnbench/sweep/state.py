@@ -14,8 +14,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from gnbench import cli, presence, runs
+from gnbench import cli
 from gnbench.config import ConfigError, check_study, replicas, run_id
+from gnbench.runs import directory as runs
+from gnbench.runs import lock as presence
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,10 @@ import pandas as pd
 from omegaconf import DictConfig
 from scipy.special import stdtrit
 
-from gnbench import cli, runs
+from gnbench import cli
 from gnbench.config import ConfigError, conf_dir, identity, processes, run_id
-from gnbench.grid import find_studies, read_plans
+from gnbench.runs import directory as runs
+from gnbench.sweep.state import find_studies, read_plans
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ RECORD = [
 ]
 VERSIONS = ("gnbench", "torch", "python")
 CONFIDENCE = 0.95
-PUBLISHED = Path(__file__).parent / "data" / "published.csv"
+PUBLISHED = Path(__file__).parents[1] / "data" / "published.csv"
 
 
 @dataclass
@@ -221,7 +222,7 @@ def write_studies(
     Raises:
         ConfigError: before anything is written.
     """
-    from gnbench import figure
+    from gnbench.aggregate import figure
 
     if order not in ("ascending", "descending"):
         raise ConfigError(f"figure.order={order}: choose one of ascending, descending")
@@ -253,7 +254,7 @@ def write_studies(
 
 def describe(study: Study, summary: pd.DataFrame, order: str) -> str:
     """Put a study into words: a table for every dataset and model, then what is not in it."""
-    from gnbench.figure import line_label, sort_norms
+    from gnbench.aggregate.figure import line_label, sort_norms
 
     lines = [f"study {study.path.name}: {len(study.finished)} finished runs in {study.path}"]
     settings = [c for c in summary.columns if c in study.runs.columns and c not in CELL]
@@ -411,7 +412,3 @@ def app(config: DictConfig) -> None:
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 bad input."""
     sys.exit(cli.call(app))
-
-
-if __name__ == "__main__":
-    main()

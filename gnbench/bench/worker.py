@@ -29,12 +29,8 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from gnbench import cli, devices, execution, runs
-from gnbench.batches import ResidentData
-from gnbench.config import one_line
-from gnbench.datasets import Dataset
-from gnbench.engine import STEPS_A_GRAPH, EagerEngine, Epoch, GraphEngine
-from gnbench.experiment import (
+from gnbench import cli
+from gnbench.build import (
     OWN_KEYS,
     build_model,
     build_training,
@@ -43,9 +39,16 @@ from gnbench.experiment import (
     must_drop_last,
     pack_for,
 )
-from gnbench.graphs import Recorder
-from gnbench.signals import Stop
-from gnbench.training import Position
+from gnbench.config import one_line
+from gnbench.datasets import Dataset
+from gnbench.runs import directory as runs
+from gnbench.runs import runner as execution
+from gnbench.runs.signals import Stop
+from gnbench.train import devices
+from gnbench.train.batches import ResidentData
+from gnbench.train.cuda_graphs import Recorder
+from gnbench.train.engine import STEPS_A_GRAPH, EagerEngine, Epoch, GraphEngine
+from gnbench.train.loop import Position
 
 DATA_WORKERS = 2  # of the plain loop, but no more than it has threads
 PREFETCH = 2  # batches that each of them holds ready
@@ -206,7 +209,7 @@ class EngineLoop:
         return kinds["CUDA"] / steps
 
     def bookkeeping(self, nothing: None) -> Bookkeeping:
-        """Measure what `gnbench.execution` adds to one training, with a bar on a terminal."""
+        """Measure what `gnbench.runs.runner` adds to one training, with a bar on a terminal."""
         idle = copy.copy(self.training)
         idle.engine = cast(EagerEngine, _Idle(self.training.engine))
         idle.total_steps = idle.steps_per_epoch

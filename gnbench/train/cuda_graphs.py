@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gnbench.devices import is_out_of_memory
+from gnbench.train.devices import is_out_of_memory
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from gnbench.batches import ResidentData, draw_epoch
-from gnbench.engine import EagerEngine, Epoch
+from gnbench.train.batches import ResidentData, draw_epoch
+from gnbench.train.engine import EagerEngine, Epoch
 
 DIVERGENCE_CHECK = 128  # steps between two looks at the loss, each of which waits for the device
 

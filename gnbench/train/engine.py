@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gnbench.batches import EpochPlan, ResidentData
-from gnbench.devices import is_out_of_memory
-from gnbench.distributed import Crew
-from gnbench.graphs import Pack, Snapshot, Work
 from gnbench.schedules import Schedule
+from gnbench.train.batches import EpochPlan, ResidentData
+from gnbench.train.cuda_graphs import Pack, Snapshot, Work
+from gnbench.train.devices import is_out_of_memory
+from gnbench.train.distributed import Crew
 
 log = logging.getLogger(__name__)
 

@@ -20,11 +20,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from gnbench import devices, distributed, runs, signals
-from gnbench.config import ConfigError, digest, run_id
-from gnbench.datasets import Dataset
-from gnbench.distributed import Crew
-from gnbench.experiment import (
+from gnbench.build import (
     build_training,
     check_run,
     draws_random_numbers,
@@ -32,10 +28,16 @@ from gnbench.experiment import (
     must_drop_last,
     pack_for,
 )
-from gnbench.graphs import MOST_BRANCHES, Pack
-from gnbench.presence import LockedError, Presence
-from gnbench.signals import Interrupted
-from gnbench.training import Row, Training
+from gnbench.config import ConfigError, digest, run_id
+from gnbench.datasets import Dataset
+from gnbench.runs import directory as runs
+from gnbench.runs import signals
+from gnbench.runs.lock import LockedError, Presence
+from gnbench.runs.signals import Interrupted
+from gnbench.train import devices, distributed
+from gnbench.train.cuda_graphs import MOST_BRANCHES, Pack
+from gnbench.train.distributed import Crew
+from gnbench.train.loop import Row, Training
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,10 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
-from gnbench import distributed, runs, sweep
 from gnbench.config import ConfigError, replicas, run_id
+from gnbench.runs import directory as runs
+from gnbench.sweep import command as sweep
+from gnbench.train import distributed
 
 log = logging.getLogger(__name__)
 

@@ -20,15 +20,16 @@ from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from gnbench import distributed, graphs
-from gnbench.batches import ResidentData
 from gnbench.config import ConfigError, check, conf_dir, is_number, one_line
 from gnbench.datasets import Dataset, balanced_subset
-from gnbench.devices import choose_device, flush_denormals
-from gnbench.distributed import Crew
-from gnbench.engine import EagerEngine, GraphEngine
-from gnbench.graphs import Pack
-from gnbench.training import Training, steps_per_epoch
+from gnbench.train import cuda_graphs as graphs
+from gnbench.train import distributed
+from gnbench.train.batches import ResidentData
+from gnbench.train.cuda_graphs import Pack
+from gnbench.train.devices import choose_device, flush_denormals
+from gnbench.train.distributed import Crew
+from gnbench.train.engine import EagerEngine, GraphEngine
+from gnbench.train.loop import Training, steps_per_epoch
 
 log = logging.getLogger(__name__)
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it raises as well

@@ -68,7 +68,7 @@ def draw_errors(
 
     Each line is a norm (and whatever else differs): its mean over seeds, the 95 % interval as a
     band, each seed as a faint point. A model named ``baseline`` that has a single cell is a dashed
-    gray line in the panels of its dataset. ``reference`` (of `gnbench.aggregate.published`) is
+    gray line in the panels of its dataset. ``reference`` (of `published`) is
     overlaid as hollow markers, its baseline as a dotted line.
     """
     settings = [c for c in summary.columns if c in finished.columns and c not in _CELL]

@@ -19,10 +19,13 @@ from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from gnbench import cli, distributed, grid, runs
+from gnbench import cli
 from gnbench.config import ConfigError, one_line, run_id
-from gnbench.grid import Cell
-from gnbench.presence import LockedError
+from gnbench.runs import directory as runs
+from gnbench.runs.lock import LockedError
+from gnbench.sweep import state as grid
+from gnbench.sweep.state import Cell
+from gnbench.train import distributed
 
 log = logging.getLogger(__name__)
 
@@ -108,8 +111,8 @@ def _carry_out(
     members: Sequence[Member],
 ) -> Iterator[tuple[Member, dict[str, Any] | Exception]]:
     """Carry out runs; yield each with its record, or the error that ended it, as it ends."""
-    from gnbench.execution import run_all  # imports torch: not for --help
-    from gnbench.experiment import check_run
+    from gnbench.build import check_run
+    from gnbench.runs.runner import run_all  # imports torch: not for --help
 
     left = dict(enumerate(members))
     try:
@@ -148,7 +151,7 @@ def account() -> tuple[str, int]:
 
 
 def _plan(config: DictConfig) -> None:
-    from gnbench import launchers
+    from gnbench.sweep import launchers
 
     launchers.prepare(config.hydra.launcher._target_)
     sweeper = config.hydra.sweeper
@@ -195,7 +198,7 @@ def _count(overrides: Sequence[Override]) -> None:
 
 def _check(configs: Sequence[DictConfig]) -> None:
     """Check every cell; raise one `ConfigError` with a line for each different fault."""
-    from gnbench.experiment import check_run  # imports torch: not for --help
+    from gnbench.build import check_run  # imports torch: not for --help
 
     faults: dict[str, None] = {}
     for config in configs:

@@ -27,13 +27,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from gnbench import cli, runs
+from gnbench import cli
 from gnbench.config import CHOICES, ConfigError, check_integer, conf_dir, is_number
+from gnbench.runs import directory as runs
 
 if TYPE_CHECKING:  # imports torch: not for --help
     from collections.abc import Iterator
 
-    from gnbench.contenders import Bookkeeping, Chain, Copying, Matmul
+    from gnbench.bench.worker import Bookkeeping, Chain, Copying, Matmul
 
 PLAIN = "plain"  # the contender that is no engine of gnbench
 PAUSE = 0.05  # seconds between two contenders, for the threads of one to fall asleep
@@ -106,7 +107,7 @@ class Team:
     """
 
     def __init__(self, contender: Contender, command: tuple[str, ...], stack: ExitStack) -> None:
-        from gnbench.contenders import serve
+        from gnbench.bench.worker import serve
 
         self.contender = contender
         self.trainings = contender.runs * contender.replicas
@@ -220,8 +221,8 @@ def cores() -> int:
 
 def contenders(config: DictConfig) -> list[Contender]:
     """Return who is timed, the plain loop in the first precision in front."""
-    from gnbench.devices import choose_device
-    from gnbench.engine import EagerEngine, GraphEngine
+    from gnbench.train.devices import choose_device
+    from gnbench.train.engine import EagerEngine, GraphEngine
 
     engines = [EagerEngine.kind]
     if choose_device(config.device).type == "cuda":
@@ -272,8 +273,8 @@ def measure(
     Raises:
         ContenderError: if the plain loop fails, or anyone once all have been built.
     """
-    from gnbench.engine import GraphEngine
-    from gnbench.experiment import compose, draws_random_numbers
+    from gnbench.build import compose, draws_random_numbers
+    from gnbench.train.engine import GraphEngine
 
     with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
         teams: dict[Contender, Team] = {}
@@ -338,10 +339,10 @@ def _hardware(case: Case, config: DictConfig) -> dict[str, Hardware]:
     """Return what takes its turns beside the contenders, so that the limit drifts as they do."""
     import torch
 
-    from gnbench.contenders import Chain, Copying, Matmul
-    from gnbench.devices import choose_device
-    from gnbench.experiment import compose
-    from gnbench.graphs import recorder
+    from gnbench.bench.worker import Chain, Copying, Matmul
+    from gnbench.build import compose
+    from gnbench.train.cuda_graphs import recorder
+    from gnbench.train.devices import choose_device
 
     torch.set_num_threads(cores())
     composed = {p: compose(*overrides(case, p, config)) for p in config.precisions}
@@ -368,7 +369,7 @@ def compare(
     fewest that an engine needs for a step of this precision, each doing nothing but wait for the
     one before (replicas wait side by side).
     """
-    from gnbench.contenders import LINKS, MATMUL_FLOPS
+    from gnbench.bench.worker import LINKS, MATMUL_FLOPS
 
     rows = []
     plain = rates[next(iter(teams))]
@@ -434,8 +435,8 @@ def table(case: Case, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def check(config: DictConfig) -> None:
     """Raise `ConfigError` for a setting that cannot work, before anything is started."""
-    from gnbench.experiment import compose
-    from gnbench.graphs import MOST_BRANCHES
+    from gnbench.build import compose
+    from gnbench.train.cuda_graphs import MOST_BRANCHES
 
     cases_of = ("datasets", "models", "norms", "batch_sizes")
     for key in (*cases_of, "precisions", "runs", "replicas", "compile"):
@@ -472,9 +473,9 @@ def bench(config: DictConfig, command: str) -> bool:
     """
     check(config)
     cli.composed()
-    from gnbench.contenders import count_flops
-    from gnbench.devices import choose_device
-    from gnbench.experiment import compose, load_dataset
+    from gnbench.bench.worker import count_flops
+    from gnbench.build import compose, load_dataset
+    from gnbench.train.devices import choose_device
 
     for name in config.datasets:
         load_dataset(compose(f"dataset={name}"))  # downloaded now, not by several at once
@@ -532,7 +533,7 @@ def _write(
 ) -> None:
     import pandas as pd  # not for --help
 
-    from gnbench import figure
+    from gnbench.aggregate import figure
 
     tables = {"bench.csv": rows, "bench_rounds.csv": raw}
     for name, entries in tables.items():

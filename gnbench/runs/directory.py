@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from gnbench.presence import SIGN, LockedError, Presence, hold
+from gnbench.runs.lock import SIGN, LockedError, Presence, hold
 
 log = logging.getLogger(__name__)
 
@@ -247,7 +247,7 @@ def _gnbench_version() -> str:
         version = importlib.metadata.version("gnbench")
     except importlib.metadata.PackageNotFoundError:  # run from a checkout without installing it
         version = "0"
-    checkout = Path(__file__).resolve().parents[1]
+    checkout = Path(__file__).resolve().parents[2]
     if not (checkout / ".git").exists():
         return version
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty=.dirty", "--exclude=*"]

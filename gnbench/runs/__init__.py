@@ -1,0 +1,1 @@
+"""A run from its directory to its record: files, lock, signals, progress."""

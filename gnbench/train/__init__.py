@@ -1,0 +1,1 @@
+"""The training itself: batches, devices, the step, its fast engines, the loop."""
