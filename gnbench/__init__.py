@@ -1,7 +1,7 @@
 """Which normalization layer at the batch size you can afford? Everything the CLI does, callable.
 
-Importing gnbench registers the OmegaConf resolver ``${run_id:}`` and imports neither torch nor
-pandas; they come with the first use of a function that needs them.
+Importing gnbench imports neither torch nor pandas; they come with the first use of a function that
+needs them.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from gnbench.config import ConfigError, replicas, run_id
+from gnbench.config import RunConfig, run_id
+from gnbench.errors import ConfigError
 
 _LAZY = {
-    "compose": "gnbench.build",
+    "compose": "gnbench.check",
     "build_model": "gnbench.build",
     "build_optimizer": "gnbench.build",
     "load_dataset": "gnbench.build",
@@ -20,11 +21,11 @@ _LAZY = {
     "run": "gnbench.runs.runner",
     "read_runs": "gnbench.aggregate.study",
     "read_metrics": "gnbench.aggregate.study",
-    "summarize": "gnbench.aggregate.study",
-    "write_studies": "gnbench.aggregate.study",
+    "summarize": "gnbench.aggregate.statistics",
+    "write_studies": "gnbench.aggregate.__main__",
 }
 
-__all__ = ["ConfigError", "replicas", "run_id", *_LAZY]
+__all__ = ["ConfigError", "RunConfig", "run_id", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

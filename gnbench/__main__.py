@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from gnbench import cli
-from gnbench.config import conf_dir
-from gnbench.sweep import command as sweep
-from gnbench.sweep import launchers
+from gnbench.config import RunConfig, conf_dir
+from gnbench.sweep import command, launchers, overrides
 from gnbench.train import distributed
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def app(config: DictConfig) -> float:
-    """Carry out one run; return its test error in percent, for sweepers that optimize it.
-
-    In a sweep, and of several replicas, a failing run is recorded and the others go on.
-    """
-    directory = HydraConfig.get().runtime.output_dir
-    if HydraConfig.get().mode == RunMode.MULTIRUN or config.replicas > 1:
+    """Carry out a run or a cell; return its test error in percent, for sweepers that optimize."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
         launchers.enter()
-        return sweep.attempt(config, directory)
-    from gnbench.runs.runner import run  # imports torch: not for --help
-
+        return command.attempt(RunConfig.parse(config))
     try:
-        record = run(config, Path(directory))
+        return command.carry_out(config)
     except Exception as error:
         raise SystemExit(cli.report(error)) from error
-    if record["status"] == "out_of_memory":
-        raise SystemExit(cli.FAILED)
-    return sweep.test_error(record)
 
 
-def _work() -> None:
-    app()
-    sweep.return_to_passed_over()
+@launchers.heeding_signals()
+def _command() -> None:
+    typed = sys.argv[1:]
+    sys.argv[1:] = overrides.spread(typed)
+    try:
+        app()
+    except ConfigCompositionException as error:
+        from gnbench.check import composed  # imports torch: not for --help
+
+        folder = get_args_parser().parse_args(typed).config_dir
+        folders = [folder] if folder else []
+
+        def compose(some: Sequence[str]) -> DictConfig:
+            return composed(*some, config_dirs=folders)
+
+        raise overrides.explained(error, typed, overrides.may_sweep(typed), compose) from error
+    command.return_to_passed_over()
 
 
 def main() -> None:
@@ -48,9 +54,9 @@ def main() -> None:
 
     Exit codes: 0 done, 1 failed, 2 bad input, 3 others are still at work, 130 or 143 interrupted.
     """
-    code = cli.call(launchers.heeding_signals()(_work))
-    if sweep.planned and distributed.rank() == 0:
-        text, verdict = sweep.account()
+    code = cli.call(_command)
+    if command.planned and distributed.rank() == 0:
+        text, verdict = command.account()
         print(text)
         code = code or verdict
     sys.exit(code)

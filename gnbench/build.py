@@ -1,64 +1,42 @@
-"""From a configuration to what it names: checked, then built, component by component."""
+"""From a configuration to what it names: norm, network, optimizer, schedule, data, training."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import math
 import os
-import pkgutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException
-from hydra.utils import get_method, instantiate
-from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from hydra.utils import instantiate
+from torch import Tensor, nn
 
-from gnbench.config import ConfigError, check, conf_dir, is_number, one_line
-from gnbench.datasets import Dataset, balanced_subset
-from gnbench.train import cuda_graphs as graphs
+from gnbench import datasets
+from gnbench.config import RunConfig
+from gnbench.datasets import Dataset
+from gnbench.errors import ConfigError, one_line
 from gnbench.train import distributed
 from gnbench.train.batches import ResidentData
-from gnbench.train.cuda_graphs import Pack
 from gnbench.train.devices import choose_device, flush_denormals
-from gnbench.train.distributed import Crew
-from gnbench.train.engine import EagerEngine, GraphEngine
+from gnbench.train.engine import EVALUATION_CHUNK, EagerEngine
+from gnbench.train.graph_engine import Engine, GraphEngine
 from gnbench.train.loop import Training, steps_per_epoch
+from gnbench.train.replicas import ReplicaGroup, replica_group
 
 log = logging.getLogger(__name__)
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it raises as well
 
-OWN_KEYS = ("name", "decay_norm_and_bias")  # settings of gnbench beside those of the component
-MIB = 1024**2
+# What a component raises for settings that it cannot take.
+REFUSALS = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError)
 
 
-def compose(*overrides: str) -> DictConfig:
-    """Compose a configuration as the command line does: ``compose("norm=gn", "batch_size=2")``.
-
-    Raises:
-        ConfigError: for a key or value that does not exist or cannot work.
-    """
-    surrounding = GlobalHydra.instance()
-    application, surrounding.hydra = surrounding.hydra, None  # of the caller, if it is one
-    try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            config = hydra_compose("config", overrides=list(overrides))
-    except Exception as error:
-        raise ConfigError(one_line(error)) from error
-    finally:
-        surrounding.hydra = application
-        GlobalHydra.set_instance(surrounding)  # initialize_config_dir has left a copy
-    check_run(config)
-    return config
-
-
-def build_model(config: DictConfig) -> nn.Module:
+def build_model(config: RunConfig) -> nn.Module:
     """Build the network of ``config``: YAML joins the model with its norm.
 
     The weights are drawn from torch's global generator.
@@ -67,22 +45,22 @@ def build_model(config: DictConfig) -> nn.Module:
         ConfigError: if the model and the norm do not fit each other or the images.
     """
     try:
-        norm = instantiate(_component(config.norm))
+        norm = instantiate(config.norm.arguments(), _convert_="all")
         model = instantiate(
-            _component(config.model),
+            config.model.arguments(),
             norm=norm,
-            image=list(config.dataset.image),
+            image=config.dataset.image,
             classes=config.dataset.classes,
             _convert_="all",
         )
     except InstantiationException as error:
-        raise _config_error(config, "model", "norm", error=error) from error
+        raise refusal(config, "model", "norm", error=error) from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model={config.model.name} built {model!r}, not a torch.nn.Module")
     return model
 
 
-def build_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer of ``config`` over the parameters of ``model``.
 
     With ``decay_norm_and_bias=false`` vectors (biases, γ, β) have no weight decay.
@@ -97,300 +75,252 @@ def build_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimiz
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
     try:
-        factory = instantiate(_component(config.optimizer), _convert_="all")
+        factory = instantiate(config.optimizer.arguments(), _convert_="all")
         # The fused step is torch's own; at small batches the optimizer is a third of the time.
         fused = {"fused": True} if "fused" in inspect.signature(factory.func).parameters else {}
         optimizer: torch.optim.Optimizer = factory(parameters, **fused)
-    except (InstantiationException, TypeError, ValueError, ArithmeticError) as error:
-        raise _config_error(config, "optimizer", error=error) from error
+    except (InstantiationException, *REFUSALS) as error:
+        raise refusal(config, "optimizer", error=error) from error
     return optimizer
 
 
-def load_dataset(config: DictConfig) -> Dataset:
-    """Load the dataset of ``config``, cut down to ``dataset.train_size`` if set.
+def build_schedule(config: RunConfig) -> Callable[[int], float]:
+    """Build the schedule of ``config``, for the length of its training.
 
     Raises:
-        DataError: if no source has it.
-        ConfigError: if it is not what ``conf/dataset`` says it is.
+        ConfigError: if the schedule refuses its settings.
     """
-    settings = config.dataset
-    dataset: Dataset = get_method(settings._target_)(settings.root)
-    if not isinstance(dataset, Dataset):
-        raise ConfigError(f"dataset._target_={settings._target_} does not return a Dataset")
-    channels, height, width = settings.image
-    found_classes = int(dataset.train_labels.max()) + 1
-    if found_classes != settings.classes:
-        raise ConfigError(f"dataset.classes={settings.classes}: the labels say {found_classes}")
-    for split, count in (("train", settings.train_images), ("test", settings.test_images)):
-        found = tuple(getattr(dataset, f"{split}_images").shape)
-        if found != (count, height, width, channels):
-            raise ConfigError(
-                f"dataset={settings.name}: the {split} images are {found} (N,H,W,C) but its "
-                f"settings say {(count, height, width, channels)}"
-            )
-    if settings.train_size is not None:
-        dataset = balanced_subset(dataset, settings.train_size)
-    return dataset
+    try:
+        factory = instantiate(config.schedule.arguments(), _convert_="all")
+        schedule: Callable[[int], float] = factory(*training_length(config))
+    except (InstantiationException, *REFUSALS) as error:
+        raise refusal(config, "schedule", error=error) from error
+    return schedule
 
 
-def pack_for(config: DictConfig, device: torch.device) -> Pack | None:
-    """Return what replays the steps of such runs, or None where they are taken one by one."""
-    if config.engine == EagerEngine.kind or distributed.world_size() > 1:
-        return None
-    recorder = graphs.recorder(device)
-    return Pack(recorder, device) if recorder else None
-
-
-def draws_random_numbers(config: DictConfig) -> bool:
-    """Tell whether a step draws from torch's generator, as dropout does; tried on two images."""
-    with torch.random.fork_rng(devices=[]):
-        model = build_model(config).train()
-        optimizer = build_optimizer(config, model)
-        before = torch.get_rng_state()
-        images = torch.zeros(min(config.batch_size, 2), *config.dataset.image)
-        model(images).sum().backward()
-        optimizer.step()
-        return not torch.equal(torch.get_rng_state(), before)
-
-
-def build_training(
-    config: DictConfig,
-    dataset: Dataset,
-    device: torch.device | None = None,
-    pack: Pack | None = None,
-) -> Training:
-    """Seed, build and place everything that ``config`` names, ready for `Training.run`.
-
-    ``device`` is that of ``config`` unless given. The steps are replayed with those of the other
-    trainings of ``pack``, else alone if at all. Seeds torch's global generator and has denormal
-    numbers flushed to zero; on a GPU also makes torch deterministic for this process. Under
-    torchrun, meets the other processes.
-
-    Raises:
-        ConfigError: as `check_run`.
-    """
-    device = device or choose_device(config.device)
-    crew = distributed.crew(device)
-    flush_denormals()
-    if device.type == "cuda":
-        # The same seed gives the same bits: no TF32, deterministic kernels. Where torch has none it
-        # warns; no layer of conf/ is known to need one.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # Which would take a kernel for every tensor that is about to be written anyway.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.allow_tf32 = False
-    torch.manual_seed(config.seed)
-    model = build_model(config).to(device)  # drawn on the CPU: the same on every device
-    if crew.rank > 0:  # dropout must not drop the same units in every process
-        torch.manual_seed(_own_seed(config.seed, crew.rank))
-    settings = config.dataset
-    train, test = (
-        ResidentData(images, labels, settings.mean, settings.std, device)
-        for images, labels in (
-            (dataset.train_images, dataset.train_labels),
-            (dataset.test_images, dataset.test_labels),
-        )
-    )
-    drop_last = must_drop_last(config)
-    total_steps, schedule_epoch = training_length(config, drop_last)
-    parts = (
-        model,
-        build_optimizer(config, model),
-        base_lr(config),
-        build_schedule(config, total_steps, schedule_epoch),
-        config.precision,
-        device,
-    )
-    pack, compiled = pack or pack_for(config, device), config.compile
-    if config.engine == GraphEngine.kind and pack is None:
-        where = "several processes" if crew.size > 1 else f"the {device}"
-        _say(crew, f"engine=graph: there are no CUDA graphs on {where}; going on with engine=eager")
-    if compiled and crew.size > 1:
-        _say(crew, "compile=true: not on several processes; going on without")
-        compiled = False
-    return Training(
-        GraphEngine(*parts, pack=pack, compiled=compiled)
-        if pack
-        else EagerEngine(*parts, crew=crew, compiled=compiled),
-        train,
-        test,
-        batch_size=config.batch_size * config.processes,
-        drop_last=drop_last,
-        total_steps=total_steps,
-        seed=config.seed,
-        augmentation=settings.augmentation,
-    )
-
-
-def training_length(config: DictConfig, drop_last: bool) -> tuple[int, int]:
-    """Return the steps of the whole training, and those of what its schedule calls an epoch.
-
-    With ``batch.fixed=steps`` both are those at ``batch.reference_size``, whatever the batch size.
-    """
-    images = config.dataset.train_size or config.dataset.train_images
-    if config.batch.fixed == "steps":
-        epoch_steps = steps_per_epoch(images, config.batch.reference_size)
-    else:
-        epoch_steps = steps_per_epoch(images, config.batch_size * config.processes, drop_last)
-    return config.epochs * epoch_steps, epoch_steps
-
-
-def base_lr(config: DictConfig) -> float:
+def base_lr(config: RunConfig) -> float:
     """Apply the rule of ``conf/batch`` to ``optimizer.lr``, for the batch of all processes."""
     ratio = config.batch_size * config.processes / config.batch.reference_size
     rules = {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}
     return float(config.optimizer.lr * rules[config.batch.lr_rule])
 
 
-def build_schedule(
-    config: DictConfig, total_steps: int, epoch_steps: int
-) -> Callable[[int], float]:
-    """Build the schedule of ``config`` for a training of that length.
+def training_length(config: RunConfig) -> tuple[int, int]:
+    """Return the steps of the whole training, and those of what its schedule calls an epoch.
+
+    With ``batch.fixed=steps`` both are those at ``batch.reference_size``, whatever the batch size.
+    """
+    images = config.dataset.images
+    if config.batch.fixed == "steps":
+        epoch_steps = steps_per_epoch(images, config.batch.reference_size)
+    else:
+        size = config.batch_size * config.processes
+        epoch_steps = steps_per_epoch(images, size, trial(config).drops_last)
+    return config.epochs * epoch_steps, epoch_steps
+
+
+def load_dataset(config: RunConfig) -> Dataset:
+    """Load and check the dataset of ``config``, cut down to ``dataset.train_size`` if set.
 
     Raises:
-        ConfigError: if the schedule refuses its settings.
+        DataError: if no source has it.
+        ConfigError: if it is not what ``conf/dataset`` says it is.
     """
-    try:
-        factory = instantiate(_component(config.schedule), _convert_="all")
-        schedule: Callable[[int], float] = factory(total_steps, epoch_steps)
-    except (InstantiationException, TypeError, ValueError, ArithmeticError) as error:
-        raise _config_error(config, "schedule", error=error) from error
-    return schedule
+    return datasets.load(config.dataset)
 
 
-def check_run(config: DictConfig) -> None:
-    """Find out whether ``config`` can be trained, without data, memory or a run directory.
+def replicas_for(config: RunConfig, device: torch.device) -> ReplicaGroup | None:
+    """Return what replays the steps of such runs, or None where they are taken one by one."""
+    if config.engine == "eager" or distributed.world_size() > 1:
+        return None
+    return replica_group(device)
 
-    The network is built and run forwards without storage (torch's meta device).
+
+def build_training(
+    config: RunConfig,
+    dataset: Dataset,
+    device: torch.device | None = None,
+    replicas: ReplicaGroup | None = None,
+) -> Training:
+    """Seed, build and place everything that ``config`` names, ready for `Training.run`.
+
+    ``device`` is that of ``config`` unless given. The steps are replayed with those of the other
+    ``replicas``, else alone if at all. Seeds torch's global generator and has denormal numbers
+    flushed to zero; on a GPU also makes torch deterministic for this process. Under torchrun, meets
+    the other processes.
 
     Raises:
-        ConfigError: naming the value that cannot work, and what to do.
+        ConfigError: as `gnbench.check.check`.
     """
-    check(config)
-    for key in ("model", "norm", "dataset", "optimizer", "schedule"):
-        _check_types(key, config[key])
-    if distributed.world_size() > 1 and "RANK" not in os.environ:
-        raise ConfigError("WORLD_SIZE is set without RANK: start with torchrun, or unset it")
-    if config.processes != distributed.world_size():
-        raise ConfigError(
-            f"processes={config.processes}: this is one of {distributed.world_size()}; start "
-            f"torchrun --nproc-per-node={config.processes} -m gnbench and leave processes alone"
-        )
-    choose_device(config.device)
-    error = _objection(config, config.batch_size)
-    if error is not None:
-        raise _config_error(config, "model", "norm", "batch_size", error=error)
+    device = device or choose_device(config.device)
+    processes = distributed.process_group(device)
+    flush_denormals()
+    if device.type == "cuda":
+        _make_deterministic()
+    torch.manual_seed(config.seed)
+    model = build_model(config).to(device)  # drawn on the CPU: the same on every device
+    if processes.rank > 0:  # dropout must not drop the same units in every process
+        sequence = np.random.SeedSequence([config.seed, processes.rank])
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+    engine: Engine
+    engine = plain = EagerEngine(
+        model,
+        build_optimizer(config, model),
+        base_lr(config),
+        build_schedule(config),
+        config.precision,
+        device,
+        process_group=processes,
+        compiled=config.compile and processes.size == 1,
+    )
+    replicas = replicas or replicas_for(config, device)
+    if replicas:
+        engine = GraphEngine(plain, replicas)
+    if config.engine == "graph" and not replicas and processes.leads:
+        where = "several processes" if processes.size > 1 else f"the {device}"
+        log.warning("engine=graph: no CUDA graphs on %s; going on with engine=eager", where)
+    if config.compile and processes.size > 1 and processes.leads:
+        log.warning("compile=true: not on several processes; going on without")
+    mean, std = config.dataset.mean, config.dataset.std
+    return Training(
+        engine,
+        ResidentData(dataset.train_images, dataset.train_labels, mean, std, device),
+        ResidentData(dataset.test_images, dataset.test_labels, mean, std, device),
+        batch_size=config.batch_size * config.processes,
+        drop_last=trial(config).drops_last,
+        total_steps=training_length(config)[0],
+        seed=config.seed,
+        augmentation=config.dataset.augmentation,
+    )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What trying the network on images without contents has shown.
+
+    ``drops_last``: it cannot be trained on the last, partial batch of an epoch, which would leave
+    a batch norm one value per channel, or a process no image.
+    """
+
+    drops_last: bool
+
+
+def trial(config: RunConfig) -> Trial:
+    """Try the network of ``config``, once for all seeds, on every size of batch of a run.
+
+    Without storage (on torch's meta device) where the layers allow it, else on a batch of at most
+    two images: what a layer refuses for its size, it refuses at a single value per channel.
+
+    Raises:
+        ConfigError: naming what the network refuses, or returns in place of logits.
+    """
+    return _trial(config.with_(seed=0, replicas=1))
+
+
+@functools.cache
+def _trial(config: RunConfig) -> Trial:
     with torch.random.fork_rng(devices=[]):
-        build_optimizer(config, nn.Linear(1, 1))
-    _check_rates(config)
+        for device in ("meta", "cpu"):
+            try:
+                with torch.device(device):
+                    return _tried(config, build_model(config), device)
+            except ConfigError:
+                raise
+            except REFUSALS as error:
+                if device == "cpu" or "meta" not in str(error):
+                    raise refusal(config, "model", "norm", "batch_size", error=error) from error
+    raise AssertionError("unreachable")
 
 
-def must_drop_last(config: DictConfig) -> bool:
-    """Tell whether the network cannot be trained on the last, partial batch.
+def _tried(config: RunConfig, model: nn.Module, device: str) -> Trial:
+    def run(count: int) -> None:
+        count = count if device == "meta" else min(count, 2)
+        images = torch.zeros(count, *config.dataset.image, device=device)
+        _check_logits(config, model(images), count, model.training)
 
-    So it is where a batch norm would see one value per channel (its variance would be 0), and
-    where a process would see no image.
-    """
-    images = config.dataset.train_size or config.dataset.train_images
-    remainder = images % (config.batch_size * config.processes)
-    if remainder == 0:
-        return False
-    least = remainder // config.processes
-    return least == 0 or _objection(config, least) is not None
-
-
-def _check_rates(config: DictConfig) -> None:
-    """Have a learning rate that no float holds refused, not met at the end of the training."""
-    total_steps, epoch_steps = training_length(config, must_drop_last(config))
-    schedule = build_schedule(config, total_steps, epoch_steps)
-    try:
-        rates = [base_lr(config) * schedule(step) for step in (0, total_steps - 1)]
-    except OverflowError:
-        rates = [math.inf]
-    if not all(map(math.isfinite, rates)):
-        raise ConfigError(
-            f"optimizer.lr={config.optimizer.lr}, schedule={config.schedule.name}, "
-            f"batch={config.batch.name}: the learning rate becomes infinite; choose a smaller one"
+    statistics = _watch_statistics(model)
+    size = config.batch_size * config.processes
+    model.train()
+    run(config.batch_size)
+    if single := statistics():
+        raise ValueError(
+            f"{single} normalizes single values, which leaves nothing of them: choose fewer groups,"
+            " another norm or larger images"
         )
+    least, drops_last = config.dataset.images % size // config.processes, False
+    if config.dataset.images % size:
+        try:
+            drops_last = least == 0
+            if not drops_last:
+                run(least)
+        except REFUSALS:
+            drops_last = True
+    model.eval()
+    tests = config.dataset.test_images
+    for count in {min(tests, EVALUATION_CHUNK), tests % EVALUATION_CHUNK} - {0}:
+        run(count)
+    return Trial(drops_last)
 
 
-def _say(crew: Crew, message: str) -> None:
-    if crew.leads:
-        log.warning(message)
-
-
-def _own_seed(seed: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0])
-
-
-def _objection(config: DictConfig, batch_size: int) -> Exception | None:
-    """Try a training pass over a batch; return what the network objects to.
-
-    Without storage where the layers allow it, else on a batch of at most two images: what a layer
-    refuses for its size, it refuses at a single value per channel.
-    """
+def draws_random_numbers(config: RunConfig) -> bool:
+    """Tell whether a step draws from torch's generator, as dropout does; tried on two images."""
     with torch.random.fork_rng(devices=[]):
-        try:
-            with torch.device("meta"):
-                network = build_model(config).train()
-                network(torch.empty(batch_size, *config.dataset.image))
-            return None
-        except ConfigError:
-            raise
-        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-            if "meta" not in str(error):
-                return error
-        try:
-            build_model(config).train()(torch.zeros(min(batch_size, 2), *config.dataset.image))
-        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-            return error
-    return None
+        model = build_model(config).train()
+        optimizer = build_optimizer(config, model)
+        before = torch.get_rng_state()
+        model(torch.zeros(min(config.batch_size, 2), *config.dataset.image)).sum().backward()
+        optimizer.step()
+        return not torch.equal(torch.get_rng_state(), before)
 
 
-def _component(node: DictConfig) -> DictConfig:
-    """Return the settings that go to the component itself."""
-    return OmegaConf.create({str(k): v for k, v in node.items() if k not in OWN_KEYS})
+def _check_logits(config: RunConfig, logits: object, count: int, training: bool) -> None:
+    wanted = (count, config.dataset.classes)
+    if isinstance(logits, Tensor) and tuple(logits.shape) == wanted:
+        return
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    raise ConfigError(
+        f"model={config.model.name}: in {'training' if training else 'evaluation'} it returns "
+        f"{found} for {count} images of {config.dataset.classes} classes: return logits of shape "
+        f"{wanted}"
+    )
 
 
-def _check_types(key: str, node: DictConfig) -> None:
-    """Hold the settings of a component against the plain types in its signature.
+def _watch_statistics(model: nn.Module) -> Callable[[], str]:
+    """Have group norms looked at; what is returned names one whose groups hold a single value.
 
-    Python would take the text of ``model.final_pool=abc`` for true.
+    torch refuses such a batch or instance norm by itself, but this only for a single image.
     """
-    try:
-        component = pkgutil.resolve_name(node._target_)
-        parameters = inspect.signature(component).parameters
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{key}._target_={node._target_}: {one_line(error)}") from error
-    elements = {"Sequence[int]": int, "Sequence[float]": int | float}
-    for name in map(str, node):
-        value = node[name]
-        if name not in parameters:
-            continue
-        annotation = parameters[name].annotation
-        wanted = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
-        plain = {"bool": bool, "int": int, "str": str}.get(wanted)
-        if plain is not None and type(value) is not plain:
-            raise ConfigError(f"{key}.{name}={value}: must be of type {wanted}")
-        if wanted == "float" and not is_number(value):
-            raise ConfigError(f"{key}.{name}={value}: must be a number")
-        if wanted in elements and not (
-            OmegaConf.is_list(value) and all(isinstance(v, elements[wanted]) for v in value)
-        ):
-            raise ConfigError(f"{key}.{name}={value}: must be a list of numbers")
-        if name == "root" and value is None and parameters[name].default is not None:
-            raise ConfigError(f"{key}.root=null: choose a folder for the data")
+    found: list[str] = []
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...], _: object) -> None:
+        groups: Any = getattr(module, "num_groups", None) or getattr(module, "groups", None)
+        if inputs[0][0].numel() == groups:
+            found.append(f"{type(module).__name__}({groups} groups) on {tuple(inputs[0].shape)}")
+
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm) or type(module).__name__.endswith("GroupNorm"):
+            module.register_forward_hook(look)
+    return lambda: found[0] if found else ""
 
 
-def _config_error(config: DictConfig, *keys: str, error: Exception) -> ConfigError:
-    """Name the settings at fault beside what the component said of them."""
+def _make_deterministic() -> None:
+    """Have the same seed give the same bits on a GPU: no TF32, deterministic kernels.
+
+    Where torch has none it warns; no layer of conf/ is known to need one.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Which would take a kernel for every tensor that is about to be written anyway.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def refusal(config: RunConfig, *keys: str, error: Exception) -> ConfigError:
+    """Name the settings at fault beside what a component said of them."""
     cause = error
     while isinstance(cause, InstantiationException) and isinstance(cause.__cause__, Exception):
         cause = cause.__cause__
-    named = ", ".join(
-        f"{key}={config[key].name if OmegaConf.is_config(config[key]) else config[key]}"
-        for key in keys
-    )
+    values = (getattr(config, key) for key in keys)
+    named = ", ".join(f"{k}={getattr(v, 'name', v)}" for k, v in zip(keys, values, strict=True))
     return ConfigError(f"{named}: {one_line(cause)}")

@@ -6,15 +6,22 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from gnbench.config import ConfigError, one_line
-from gnbench.runs.lock import LockedError
+from gnbench.errors import (
+    AT_WORK,
+    BAD_INPUT,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    ConfigError,
+    LockedError,
+    one_line,
+)
 from gnbench.train import distributed
-
-DONE, FAILED, BAD_INPUT, AT_WORK, INTERRUPTED = 0, 1, 2, 3, 130
 
 _composed = False
 _wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -59,6 +66,10 @@ def call(app: Callable[[], None]) -> int:
     raises Hydra would announce in its own words.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise, not print over several lines
+    for stream in (sys.stdout, sys.stderr):  # a console that has no γ or – shows a question mark
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if not sys.flags.safe_path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as python -m does: there lie the user's own parts
     try:
         app()
     except KeyboardInterrupt as interrupted:

@@ -2,165 +2,323 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import math
-import re
-import sys
+import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-
-# The settings that make a run the run it is. Everything else says how it is executed.
-IDENTITY = (
-    "model",
-    "norm",
-    "dataset",
-    "optimizer",
-    "schedule",
-    "batch",
-    "batch_size",
-    "epochs",
-    "precision",
-    "seed",
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    model_validator,
 )
-NOT_IDENTITY = {"dataset": ("root",)}
 
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "precision": ("fp32", "bf16"),
-    "engine": ("auto", "eager", "graph"),
-    "progress": ("auto", "bar", "lines"),
-    "batch.fixed": ("epochs", "steps"),
-    "batch.lr_rule": ("none", "linear", "sqrt"),
-    "dataset.augmentation": ("none", "flip", "pad_crop_flip"),
-    "optimizer.decay_norm_and_bias": (True, False),
+from gnbench.errors import ConfigError, one_line
+
+GROUPS = ("model", "norm", "dataset", "optimizer", "schedule", "batch")
+COMPONENTS = ("model", "norm", "dataset", "optimizer", "schedule")
+# The settings that make a run the run it is. Everything else says how it is executed.
+IDENTITY = (*GROUPS, "batch_size", "epochs", "precision", "seed")
+# Settings that came after runs had been trained, with the value that means what was done before: at
+# that value they are no part of the identity, so that those runs keep their names.
+LATER: dict[str, dict[str, Any]] = {
+    "gnbench.models.SimpleNetV2": {"channels": [32, 64, 128], "hidden": 1024},
 }
-POSITIVE_INTEGERS = ("batch_size", "epochs", "batch.reference_size", "processes")
-# Where a component has this setting, its least and greatest value; the least of "over" is excluded.
-RANGES: dict[str, tuple[str, float, float]] = {
-    "norm.eps": ("over", 0, math.inf),
-    "norm.momentum": ("from", 0, 1),
-    "model.dropout": ("from", 0, 1),
-    "optimizer.lr": ("over", 0, math.inf),
-    "optimizer.eps": ("over", 0, math.inf),
-    "optimizer.weight_decay": ("from", 0, math.inf),
-    "optimizer.momentum": ("from", 0, 1),
-    "schedule.warmup_epochs": ("from", 0, math.inf),
-    "schedule.gamma": ("over", 0, math.inf),
-    "checkpoint_seconds": ("from", 0, math.inf),
-}
-MOST_REPLICAS = 1000
 LARGEST = 2**63 - 1  # of the integers that torch takes
-NULLABLE = ("norm.momentum",)  # null: a cumulative average
-DATASET_KEYS = {
-    "name",
-    "_target_",
-    "root",
-    "train_size",
-    "image",
-    "classes",
-    "train_images",
-    "test_images",
-    "mean",
-    "std",
-    "augmentation",
-}
-PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+MOST_REPLICAS = 1000
 
 
-class ConfigError(ValueError):
-    """A setting that cannot work; the message names the value and what to do."""
+def expanded(path: str) -> str:
+    """Replace a leading ``~`` by the home directory.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        raise ValueError("there is no home directory for '~': write the whole path") from None
 
 
-@dataclass
-class BatchConfig:
+def _data_folder(path: str) -> str:
+    try:
+        return expanded(path)
+    except ValueError:
+        raise ValueError(
+            "there is no home directory for '~': name a folder with the environment variable "
+            "GNBENCH_DATA or dataset.root=DIR"
+        ) from None
+
+
+def _plain_name(value: Any) -> Any:
+    if isinstance(value, bool | int | float):
+        raise ValueError("YAML takes it for something else than text: put it in quotes")
+    return value
+
+
+PLAIN_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*$"  # it becomes part of a folder's name
+Name = Annotated[str, Field(pattern=PLAIN_NAME, max_length=64), BeforeValidator(_plain_name)]
+Study = Annotated[
+    str,
+    Field(pattern=PLAIN_NAME, max_length=64),
+    BeforeValidator(lambda value: str(value) if type(value) is int else value),
+]
+Folder = Annotated[
+    str,
+    Field(min_length=1),
+    AfterValidator(expanded),
+    BeforeValidator(lambda value: str(value) if type(value) is int else value),
+]
+DataFolder = Annotated[str, Field(min_length=1), AfterValidator(_data_folder)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+NotNegative = Annotated[FiniteFloat, Field(ge=0)]
+Fraction = Annotated[FiniteFloat, Field(ge=0, le=1)]
+Beta = Annotated[FiniteFloat, Field(ge=0, lt=1)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+Precision = Literal["fp32", "bf16"]
+
+
+class Settings(BaseModel):
+    """Typed settings that do not change. What is not among them is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @classmethod
+    def parse(cls, config: DictConfig | Mapping[str, Any]) -> Self:
+        """Take over a composed configuration, all but what is Hydra's own.
+
+        Raises:
+            ConfigError: with a line for every setting that cannot work.
+        """
+        if isinstance(config, DictConfig):
+            config = _resolved(config)
+        try:
+            return cls.model_validate(config)
+        except ValidationError as error:
+            faults: dict[tuple[Any, ...], str] = {}  # of a list that of its first bad entry
+            for fault in error.errors():
+                setting = tuple(part for part in fault["loc"] if isinstance(part, str))
+                faults.setdefault(setting, _line(fault))
+            raise ConfigError("\n".join(faults.values())) from error
+
+    def plain(self) -> dict[str, Any]:
+        """Return what was set, by the names that it has in YAML."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
+
+
+class Component(Settings):
+    """A part that YAML names by its dotted path, and the settings that go to it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Name
+    target: str = Field(alias="_target_")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return one of its settings, ``default`` if it has none of that name."""
+        return getattr(self, key, default)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what goes to the component itself."""
+        return {key: value for key, value in self.plain().items() if key != "name"}
+
+
+class ModelConfig(Component):
+    """A network (``conf/model``)."""
+
+    dropout: Fraction | None = None
+
+
+class NormConfig(Component):
+    """A normalization layer (``conf/norm``); ``momentum: null`` is a cumulative average."""
+
+    eps: Positive | None = None
+    momentum: Fraction | None = None
+
+
+class OptimizerConfig(Component):
+    """An optimizer (``conf/optimizer``)."""
+
+    lr: Positive
+    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] | None = None
+    eps: Positive | None = None
+    weight_decay: NotNegative | None = None
+    momentum: Fraction | None = None
+    decay_norm_and_bias: bool
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what goes to the component itself."""
+        own = super().arguments()
+        return {key: value for key, value in own.items() if key != "decay_norm_and_bias"}
+
+
+class ScheduleConfig(Component):
+    """A schedule of the learning rate (``conf/schedule``)."""
+
+    warmup_epochs: NotNegative | None = None
+    gamma: Positive | None = None
+
+
+class DatasetConfig(Settings):
+    """A dataset (``conf/dataset``): the function that returns it, and what it must return."""
+
+    name: Name
+    target: str = Field(alias="_target_")
+    root: DataFolder | None
+    train_size: Count | None
+    image: Annotated[list[Count], Field(min_length=3, max_length=3)]
+    classes: Count
+    train_images: Count
+    test_images: Count
+    mean: list[FiniteFloat]
+    std: list[Positive]
+    augmentation: Literal["none", "flip", "pad_crop_flip"]
+
+    @property
+    def images(self) -> int:
+        """The number of images that are trained on."""
+        return self.train_images if self.train_size is None else self.train_size
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.image[0]:
+                raise ValueError(
+                    f"dataset.{key}={values}: must be a list of one number per channel "
+                    f"({self.image[0]})"
+                )
+        if self.train_size is not None and not self.classes <= self.train_size <= self.train_images:
+            raise ValueError(
+                f"dataset.train_size={self.train_size}: must be from {self.classes} to "
+                f"{self.train_images}"
+            )
+        return self
+
+
+class BatchConfig(Settings):
     """How the rest of the recipe answers to the batch size (``conf/batch``)."""
 
-    name: str = MISSING
-    fixed: str = MISSING
-    lr_rule: str = MISSING
-    reference_size: int = MISSING
+    name: Name
+    fixed: Literal["epochs", "steps"]
+    lr_rule: Literal["none", "linear", "sqrt"]
+    reference_size: Count
 
 
-@dataclass
-class Config:
-    """The types of ``conf/config.yaml``; the values stand there."""
+class RunConfig(Settings):
+    """A run: what it is, and how it is executed. The values stand in ``conf/``."""
 
-    model: Any = MISSING
-    norm: Any = MISSING
-    dataset: Any = MISSING
-    optimizer: Any = MISSING
-    schedule: Any = MISSING
-    batch: BatchConfig = field(default_factory=BatchConfig)
+    model: ModelConfig
+    norm: NormConfig
+    dataset: DatasetConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    batch: BatchConfig
 
-    batch_size: int = MISSING
-    epochs: int = MISSING
-    seed: int = MISSING
-    precision: str = MISSING
-    processes: int = MISSING
-    replicas: int = MISSING
+    batch_size: Count
+    epochs: Count
+    seed: Annotated[int, Field(ge=0, le=LARGEST)]
+    precision: Precision
+    processes: Count
 
-    study: str = MISSING
-    outputs: str = MISSING
-    device: str = MISSING
-    engine: str = MISSING
-    compile: bool = MISSING
-    checkpoint_seconds: float = MISSING
-    progress: str = MISSING
-    rerun: bool = MISSING
-    wait: bool = MISSING
+    replicas: Annotated[int, Field(ge=1, le=MOST_REPLICAS)]
+    study: Study
+    outputs: Folder
+    device: Device
+    engine: Literal["auto", "eager", "graph"]
+    compile: bool
+    checkpoint_seconds: NotNegative
+    progress: Literal["auto", "bar", "lines"]
+    rerun: bool
+    wait: bool
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.replicas > 1 and self.rerun:
+            raise ValueError(
+                f"replicas={self.replicas} rerun=true: after an interruption the first would be "
+                "trained again; sweep over seeds instead: -m seed=0,1"
+            )
+        if self.seed > LARGEST + 1 - self.replicas:
+            raise ValueError(f"seed={self.seed}: must be at most {LARGEST + 1 - self.replicas}")
+        most = self.dataset.images // self.processes
+        if self.batch_size > most:
+            by = f" for {self.processes} processes" if self.processes > 1 else ""
+            raise ValueError(
+                f"batch_size={self.batch_size}{by} is larger than the training set "
+                f"({self.dataset.images} images of {self.dataset.name}): choose at most {most}"
+            )
+        return self
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """The settings that make the run the run it is, as plain values."""
+        return identity(self.plain())
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The SHA-256 of the identity, in hexadecimal."""
+        return _digest(self.identity)
+
+    @functools.cached_property
+    def run_id(self) -> str:
+        """The name of the run; see the function `run_id`."""
+        return _run_id(self.identity, self.digest)
+
+    @property
+    def run_dir(self) -> Path:
+        """The directory of the run: ``<outputs>/<study>/<run id>``."""
+        return Path(self.outputs) / self.study / self.run_id
+
+    def with_(self, **settings: Any) -> RunConfig:
+        """Return a checked copy in which these top-level settings are others."""
+        return RunConfig.parse({**self.plain(), **settings})
+
+    def runs(self) -> list[RunConfig]:
+        """Return the runs that it stands for: one for each of its ``replicas`` seeds."""
+        if self.replicas == 1:
+            return [self]
+        seeds = range(self.seed, self.seed + self.replicas)
+        return [self.with_(seed=seed, replicas=1) for seed in seeds]
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
 
-@dataclass
-class FigureConfig:
-    """How ``python -m gnbench.aggregate`` draws a study."""
-
-    order: str = MISSING
-    baseline: str | None = MISSING
-    reference: str | None = MISSING
-
-
-@dataclass
-class AggregateConfig:
-    """The types of ``conf/aggregate.yaml``; the values stand there."""
-
-    outputs: str = MISSING
-    study: str | None = MISSING
-    figure: FigureConfig = field(default_factory=FigureConfig)
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that make a run the run it is, of the ``config`` of a ``run.json``."""
+    settings = {key: _whole(config[key]) for key in IDENTITY}
+    if config.get("processes", 1) > 1:  # a run on one has the name it had before there were several
+        settings["processes"] = int(config["processes"])
+    settings["dataset"].pop("root", None)
+    for group in COMPONENTS:
+        later = LATER.get(settings[group]["_target_"], {})
+        settings[group] = {
+            key: value
+            for key, value in settings[group].items()
+            if key not in later or value != later[key]
+        }
+    return settings
 
 
-@dataclass
-class StatusConfig:
-    """The types of ``conf/status.yaml``; the values stand there."""
+def run_id(config: Mapping[str, Any] | RunConfig) -> str:
+    """Name a run: ``<dataset>-<model>-<norm>-bs<N>-seed<S>-<8 hex digits of its identity>``.
 
-    outputs: str = MISSING
-    study: str | None = MISSING
-
-
-@dataclass
-class BenchConfig:
-    """The types of ``conf/bench.yaml``; the values stand there."""
-
-    datasets: list[str] = MISSING
-    models: list[str] = MISSING
-    norms: list[str] = MISSING
-    batch_sizes: list[int] = MISSING
-    precisions: list[str] = MISSING
-    runs: list[int] = MISSING
-    replicas: list[int] = MISSING
-    compile: list[bool] = MISSING
-    device: str = MISSING
-    warmup_steps: int = MISSING
-    rounds: int = MISSING
-    seconds: float = MISSING
-    outputs: str = MISSING
+    ``config`` is a run's configuration or the ``config`` of its ``run.json``.
+    """
+    settings = config.identity if isinstance(config, RunConfig) else identity(config)
+    return _run_id(settings, _digest(settings))
 
 
 def conf_dir() -> Path:
@@ -170,223 +328,103 @@ def conf_dir() -> Path:
     return packaged if packaged.is_dir() else package.parent / "conf"
 
 
-def identity(config: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
-    """Return the settings that make a run the run it is, as plain resolved values.
-
-    ``config`` is a composed configuration or the ``config`` of a ``run.json``.
-    """
-    settings = {key: _plain(config[key]) for key in IDENTITY}
-    if processes(config) > 1:  # a run on one has the name it had before there were several
-        settings["processes"] = processes(config)
-    for group, keys in NOT_IDENTITY.items():
-        settings[group] = {k: v for k, v in settings[group].items() if k not in keys}
-    return settings
+def options(group: str) -> str:
+    """List what ``conf/<group>`` offers, for a message."""
+    return ", ".join(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")))
 
 
-def processes(config: Mapping[str, Any] | DictConfig) -> int:
-    """Return how many processes train a run together, each on ``batch_size`` images a step."""
-    return int(config.get("processes", 1))
+def _digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def replicas(config: DictConfig) -> list[DictConfig]:
-    """Return the runs that a configuration stands for: one for each of its ``replicas`` seeds."""
-    if config.replicas == 1:
-        return [config]
-    runs = []
-    for seed in range(config.seed, config.seed + config.replicas):
-        runs.append(config.copy())
-        runs[-1].seed, runs[-1].replicas = seed, 1
-    return runs
-
-
-def digest(config: Mapping[str, Any] | DictConfig) -> str:
-    """Return the SHA-256 of the identity, in hexadecimal."""
-    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
-
-
-def run_id(config: Mapping[str, Any] | DictConfig) -> str:
-    """Name a run: ``<dataset>-<model>-<norm>-bs<N>-seed<S>-<8 hex digits of its identity>``."""
-    settings = identity(config)
+def _run_id(settings: Mapping[str, Any], digest: str) -> str:
     parts = (
         settings["dataset"]["name"],
         settings["model"]["name"],
         settings["norm"]["name"],
         f"bs{settings['batch_size']}",
         f"seed{settings['seed']}",
-        digest(config)[:8],
+        digest[:8],
     )
-    return "-".join(str(part) for part in parts)
+    return "-".join(map(str, parts))
 
 
-def check_study(study: Any) -> None:
-    """Raise `ConfigError` unless ``study`` is a plain name: it becomes a folder."""
-    if not isinstance(study, str) or not PLAIN_NAME.fullmatch(study) or ".." in study:
-        raise ConfigError(
-            f"study={study!r} is not a plain name: use letters, digits, '_', '-' and '.' "
-            "(it names a folder)"
-        )
+def _whole(value: Any) -> Any:
+    """Make ``1.0`` and ``1`` the same setting."""
+    if isinstance(value, Mapping):
+        return {str(key): _whole(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_whole(inner) for inner in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
-def check(config: DictConfig) -> None:
-    """Raise `ConfigError` for a value that cannot work, as far as can be told without torch."""
-    _check_interpolations(config)
-    check_study(config.study)
-    if not config.outputs:
-        raise ConfigError("outputs='' is not a folder: choose one, e.g. outputs=outputs")
-    _check_keys("", config, {f.name for f in fields(Config)} | {"hydra"})
-    _check_keys("batch.", config.batch, {f.name for f in fields(BatchConfig)})
-    for key in ("model", "norm", "dataset", "optimizer", "schedule"):
-        group = config[key]
-        if not isinstance(group, DictConfig) or "_target_" not in group:
-            raise ConfigError(f"{key}={group} is not a component: choose one of {options(key)}")
-        if not PLAIN_NAME.fullmatch(str(group.get("name"))):
-            raise ConfigError(f"{key}.name={group.get('name')!r} is not a plain name")
-    for key, allowed in CHOICES.items():
-        value = OmegaConf.select(config, key)
-        if value not in allowed:
-            choices = ", ".join(str(choice).lower() for choice in allowed)
-            raise ConfigError(f"{key}={value}: choose one of {choices}")
-    for key in POSITIVE_INTEGERS:
-        check_integer(key, OmegaConf.select(config, key), least=1)
-    check_integer("replicas", config.replicas, least=1, most=MOST_REPLICAS)
-    if config.replicas > 1 and config.rerun:
-        raise ConfigError(
-            f"replicas={config.replicas} rerun=true: after an interruption the first would be "
-            "trained again; sweep over seeds instead: -m seed=0,1"
-        )
-    check_integer("seed", config.seed, least=0, most=LARGEST + 1 - config.replicas)
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
-        raise ConfigError(f"device={config.device}: choose one of auto, cpu, cuda, cuda:N")
-    betas = config.optimizer.get("betas")
-    if betas is not None and not (
-        OmegaConf.is_list(betas)
-        and len(betas) == 2
-        and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas)
-    ):
-        raise ConfigError(f"optimizer.betas={betas}: give two numbers from 0 to below 1")
-    for key, (bound, least, most) in RANGES.items():
-        _check_range(config, key, bound, least, most)
-
-    _check_dataset(config.dataset)
-    dataset = config.dataset
-    images = dataset.train_images if dataset.train_size is None else dataset.train_size
-    most = images // config.processes
-    if config.batch_size > most:
-        by = f" for {config.processes} processes" if config.processes > 1 else ""
-        raise ConfigError(
-            f"batch_size={config.batch_size}{by} is larger than the training set "
-            f"({images} images of {dataset.name}): choose at most {most}"
-        )
-
-
-def one_line(error: BaseException) -> str:
-    """Put into one line what an exception says, that of Hydra or OmegaConf with its cause."""
-    texts = [str(error).strip() or type(error).__name__]
-    if isinstance(error, HydraException) and error.__cause__ is not None:
-        texts.append(str(error.__cause__))
-    if isinstance(error, ConfigError):
-        return texts[0]
-    lines = []
-    for text in texts:
-        message = text.partition("Config search path:")[0]
-        lines += [line.strip() for line in message.splitlines() if line.strip()]
-    noise = ("full_key:", "object_type=", "reference_type=", "To append to your config use")
-    kept = [line.removesuffix(".") for line in lines if not line.startswith(noise)]
-    return "; ".join(dict.fromkeys(kept)).replace(":;", ":")
-
-
-def check_integer(key: str, value: Any, least: int, most: int | None = None) -> None:
-    """Raise `ConfigError` unless ``least <= value <= most``."""
-    wanted = f"an integer >= {least}" if most is None else f"an integer from {least} to {most}"
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"{key}={value}: must be {wanted}")
-    if value < least or (most is not None and value > most):
-        raise ConfigError(f"{key}={value}: must be {wanted}")
-    if value > LARGEST:
-        raise ConfigError(f"{key}={value}: must be at most {LARGEST}")
-
-
-def is_number(value: Any) -> bool:
-    """Tell whether ``value`` is a finite number that fits into a float."""
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return plain and abs(value) <= sys.float_info.max
-
-
-def options(group: str) -> str:
-    """List what ``conf/<group>`` offers, for a message."""
-    return ", ".join(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")))
-
-
-def _check_interpolations(config: DictConfig) -> None:
-    own = config.copy()
-    with open_dict(own):
-        own.pop("hydra", None)
+def _resolved(config: DictConfig) -> dict[str, Any]:
+    """Return the plain values of a composed configuration without ``hydra``."""
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    own._set_parent(config._get_parent())
     try:
-        OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+        plain: Any = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {one_line(error)}") from error
+    return dict(plain)
 
 
-def _check_keys(prefix: str, node: DictConfig, known: set[str]) -> None:
-    for key in sorted(set(map(str, node)) - known):
-        raise ConfigError(
-            f"{prefix}{key}: there is no such setting; --cfg job lists those there are"
+def _line(fault: Any) -> str:
+    """Put a fault that pydantic found into a line that names the setting, its value, a remedy."""
+    path = [str(part) for part in fault["loc"]]
+    indices = [i for i, part in enumerate(fault["loc"]) if isinstance(part, int)]
+    key = ".".join(path[: indices[0]] if indices else path).replace(".target", "._target_")
+    value, kind, context = fault["input"], fault["type"], fault.get("ctx", {})
+    if kind == "value_error" and isinstance(value, Mapping):  # of a whole group: it says it all
+        return str(context["error"])
+    text = repr(value) if isinstance(value, str) and not value.isalnum() else str(value)
+    text = text if len(text) <= 80 else f"{text[:80]}…"
+    if key in COMPONENTS and not isinstance(value, Mapping):
+        return f"{key}={text} is not a component: choose one of {options(key)}"
+    bounds = {"greater_than_equal": "ge", "greater_than": "gt", "less_than_equal": "le"}
+    bounds["less_than"] = "lt"
+    words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    if kind == "extra_forbidden":
+        return f"{key}: there is no such setting; --cfg job lists those there are"
+    if kind == "missing":
+        return f"{key} is missing: give it a value"
+    if kind == "value_error":
+        remedy = str(context["error"])
+    elif kind in bounds:
+        bound = context[bounds[kind]]
+        remedy = (
+            f"must be {words[bounds[kind]]} {bound if isinstance(bound, int) else f'{bound:g}'}"
         )
+    elif kind == "literal_error":
+        remedy = "choose one of " + context["expected"].replace("'", "").replace(" or ", ", ")
+    elif kind == "string_pattern_mismatch" and key == "device":
+        remedy = "choose one of auto, cpu, cuda, cuda:N"
+    elif key == "study" or key.endswith("name"):
+        remedy = "is not a plain name: use letters, digits, '_', '-' and '.' (it names a folder)"
+    elif kind == "string_too_short":
+        remedy = f"is not a folder: choose one, e.g. {key}=outputs"
+    else:
+        kinds = {
+            "int": "an integer",
+            "float": "a number",
+            "finite": "a finite number",
+            "bool": "true or false",
+            "string": "text",
+            "list": "a list",
+            "too": f"a list of {context.get('min_length') or context.get('max_length')}",
+        }
+        wanted = kinds.get(kind.partition("_")[0])
+        remedy = f"must be {wanted}" if wanted else fault["msg"]
+    if indices:
+        key = f"{key}[{path[indices[0]]}]"
+    return f"{key}={text} {remedy}" if remedy.startswith("is ") else f"{key}={text}: {remedy}"
 
 
-def _check_dataset(dataset: DictConfig) -> None:
-    _check_keys("dataset.", dataset, DATASET_KEYS)
-    for key in ("classes", "train_images", "test_images"):
-        check_integer(f"dataset.{key}", dataset[key], least=1)
-    if dataset.train_size is not None:
-        check_integer(
-            "dataset.train_size", dataset.train_size, dataset.classes, dataset.train_images
-        )
-    image = list(dataset.image) if OmegaConf.is_list(dataset.image) else []
-    if len(image) != 3 or not all(isinstance(size, int) and size >= 1 for size in image):
-        raise ConfigError(f"dataset.image={dataset.image}: give [channels, height, width]")
-    for key in ("mean", "std"):
-        values = list(dataset[key]) if OmegaConf.is_list(dataset[key]) else []
-        numbers = [v for v in values if is_number(v)]
-        if len(numbers) != image[0] or len(values) != image[0]:
-            raise ConfigError(
-                f"dataset.{key}={dataset[key]}: must be a list of one number per channel "
-                f"({image[0]})"
-            )
-    if min(dataset.std) <= 0:
-        raise ConfigError(f"dataset.std={dataset.std}: must be positive")
-
-
-def _check_range(config: DictConfig, key: str, bound: str, least: float, most: float) -> None:
-    group, _, name = key.rpartition(".")
-    node = config[group] if group else config
-    if name not in node or (node[name] is None and key in NULLABLE):
-        return
-    value = node[name]
-    fits = (value > least if bound == "over" else value >= least) if is_number(value) else False
-    if not fits or value > most:
-        wanted = f"{bound} {least:g}" + (f" to {most:g}" if math.isfinite(most) else "")
-        raise ConfigError(f"{key}={value}: must be a number {wanted}")
-
-
-def _plain(node: Any) -> Any:
-    """Turn a config node into plain values; ``1.0`` and ``1`` become the same setting."""
-    if OmegaConf.is_config(node):
-        node = OmegaConf.to_container(node, resolve=True)
-    if isinstance(node, Mapping):
-        return {str(key): _plain(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [_plain(value) for value in node]
-    if isinstance(node, float) and node.is_integer():
-        return int(node)
-    return node
-
-
+OmegaConf.register_new_resolver("expanded", expanded, replace=True)
+OmegaConf.register_new_resolver(  # oc.env takes an empty variable for a set one
+    "env_or", lambda name, default: os.environ.get(name) or default, replace=True
+)
 # Ours are to replace the plugins' configurations of the same name; Hydra advises against it.
 warnings.filterwarnings("ignore", r"\n'hydra/launcher/\w+' is validated against ConfigStore schema")
-
-ConfigStore.instance().store(name="schema", node=Config)
-ConfigStore.instance().store(name="aggregate_schema", node=AggregateConfig)
-ConfigStore.instance().store(name="status_schema", node=StatusConfig)
-ConfigStore.instance().store(name="bench_schema", node=BenchConfig)
-OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(_root_), replace=True)

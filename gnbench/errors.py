@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 
 # Exit codes. A signal ends a command with 128 + its number.
 DONE, FAILED, BAD_INPUT, AT_WORK, INTERRUPTED = 0, 1, 2, 3, 130
@@ -48,6 +48,8 @@ class Interrupted(KeyboardInterrupt):
 
 def one_line(error: BaseException) -> str:
     """Put into one line what an exception says, that of Hydra or OmegaConf with its cause."""
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error.override)
     texts = [str(error).strip() or type(error).__name__]
     if isinstance(error, HydraException) and error.__cause__ is not None:
         texts.append(str(error.__cause__))
@@ -60,3 +62,14 @@ def one_line(error: BaseException) -> str:
     noise = ("full_key:", "object_type=", "reference_type=", "To append to your config use")
     kept = [line.removesuffix(".") for line in lines if not line.startswith(noise)]
     return "; ".join(dict.fromkeys(kept)).replace(":;", ":")
+
+
+def _unreadable(override: str) -> str:
+    """Say how to write a setting that Hydra's grammar refuses."""
+    key, assigned, value = override.partition("=")
+    if not assigned:
+        return f"{override}: this is no setting: write KEY=VALUE"
+    return (
+        f"{override}: Hydra cannot read this value; put it in quotes, and all in quotes of the "
+        f"shell: '{key}=\"{value}\"'"
+    )

@@ -27,14 +27,16 @@ class SimpleBlock(nn.Sequential):
 
 
 class SimpleNetV2(nn.Module):
-    """The report's SimpleNetv2: three SimpleBlocks of 32, 64, 128 channels, FC 1024, FC classes.
+    """The report's SimpleNetv2: three SimpleBlocks, FC ``hidden``, FC classes.
 
-    ``image`` is (channels, height, width). The report's released code departs from its text in
-    two ways: no third max-pool (``final_pool=False``), and dropout 0.2 but no ReLU after FC 1024
-    (``dropout=0.2, head_relu=False``).
+    ``image`` is (channels, height, width); ``channels`` are those of the blocks, in the report 32,
+    64 and 128 before 1024 hidden units. The report's released code departs from its text in two
+    ways: no third max-pool (``final_pool=False``), and dropout 0.2 but no ReLU after the hidden
+    layer (``dropout=0.2, head_relu=False``).
 
     Raises:
-        ValueError: if ``image`` is too small for the pools, or ``init`` is unknown.
+        ValueError: if ``image`` is too small for the pools, there are not three positive numbers of
+            channels or no hidden units, or ``init`` is unknown.
     """
 
     def __init__(
@@ -42,25 +44,32 @@ class SimpleNetV2(nn.Module):
         norm: Norm,
         image: Sequence[int],
         classes: int,
+        channels: Sequence[int],
+        hidden: int,
         init: str = "torch",
         final_pool: bool = True,
         head_relu: bool = True,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        channels, height, width = image
+        if len(channels) != 3 or min(channels) < 1:
+            raise ValueError(f"channels={list(channels)}: give three positive numbers")
+        if hidden < 1:
+            raise ValueError(f"hidden={hidden}: give a positive number")
+        first, second, third = channels
         self.features = nn.Sequential(
-            SimpleBlock(channels, 32, norm),
-            SimpleBlock(32, 64, norm),
-            SimpleBlock(64, 128, norm, pool=final_pool),
+            SimpleBlock(image[0], first, norm),
+            SimpleBlock(first, second, norm),
+            SimpleBlock(second, third, norm, pool=final_pool),
         )
         shrink = 8 if final_pool else 4
+        height, width = image[1] // shrink, image[2] // shrink
         self.head = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(_flat_features(128, height // shrink, width // shrink, image), 1024),
+            nn.Linear(_flat_features(third, height, width, image), hidden),
             *([nn.ReLU(inplace=True)] if head_relu else []),
             *([nn.Dropout(dropout)] if dropout else []),
-            nn.Linear(1024, classes),
+            nn.Linear(hidden, classes),
         )
         initialize(self, init)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gnbench.build import compose
+from gnbench.check import compose
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]

@@ -11,15 +11,13 @@ import sys
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 
 import gnbench.__main__
-import gnbench.aggregate.figure
-import gnbench.aggregate.study
+import gnbench.aggregate.__main__
 import gnbench.status  # noqa: F401  (the forks need these)
-from gnbench.build import base_lr, build_schedule, check_run, must_drop_last, training_length
-from gnbench.config import run_id
-from gnbench.runs import runner as execution
+from gnbench.build import base_lr, build_schedule, training_length
+from gnbench.check import check, check_machine
+from gnbench.runs import runner
 from tests.faults import FORKS, LOCK, end
 
 FORKS.set_forkserver_preload(["tests.faults", "tests.hostile"])  # if it does not run already
@@ -74,23 +72,23 @@ def _command(module, arguments, folder, allowed):
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     accepted, changes = [], []
 
-    def record(config, directory=None):
-        check_run(config)
-        total, epoch = training_length(config, must_drop_last(config))
-        schedule = build_schedule(config, total, epoch)
+    def record(config):
+        check(config)
+        check_machine(config)
+        total, schedule = training_length(config)[0], build_schedule(config)
         accepted.append(
             {
-                "config": OmegaConf.to_container(config, resolve=True),
-                "run_id": run_id(config),
-                "directory": str(directory),
+                "config": config.plain(),
+                "run_id": config.run_id,
+                "run_dir": str(config.run_dir),
                 "rates": [base_lr(config) * schedule(s) for s in (0, total // 2, total - 1)],
                 "drawn": int(torch.randint(9, (1,), generator=_seeded(config.seed))),
             }
         )
         return {"status": "completed", "result": {"test_error": 50.0}}
 
-    execution.run = record
-    execution.run_all = lambda members: enumerate(record(*member) for member in members)
+    runner.run = record
+    runner.run_all = lambda configs: enumerate(map(record, configs))
     watch([str(folder / "work" / "outputs"), *allowed], changes)
     sys.argv = [module, *arguments]
     try:

@@ -30,8 +30,8 @@ class Kernels(TorchDispatchMode):
         return result  # else a view, which stays one
 
     @torch.inference_mode()
-    def replay(self):
-        for kernel, args, kwargs, result in self.calls:
+    def replay(self, calls=None):
+        for kernel, args, kwargs, result in self.calls[:calls]:
             again = kernel(*args, **kwargs)
             if not kernel._schema.is_mutable:
                 for old, new in zip(tensors(result), tensors(again), strict=True):
@@ -49,12 +49,14 @@ def storages(tree):
 class Recorder:
     """Stands in for `CudaGraphs`. Recording does the work as well: a Program must not rely on it.
 
-    ``replays`` counts them by the number of their branches.
+    ``replays`` counts them by the number of their branches. ``before(branches, kernels)`` is called
+    before each.
     """
 
-    def __init__(self):
+    def __init__(self, before=lambda branches, kernels: None):
         self.recorded = 0
         self.replays = Counter()
+        self.before = before
 
     def run(self, work, strictly=False):
         with Kernels() if strictly else nullcontext():
@@ -75,10 +77,10 @@ class Recorder:
         self.recorded += 1
         with Kernels() as kernels:
             work()
-        self.calls = kernels.calls
 
         def replay():
             self.replays[work.branches] += 1
+            self.before(work.branches, kernels)
             kernels.replay()
 
         return replay

@@ -1,20 +1,59 @@
+"""Settings: what composes, what makes a run the run it is, what is refused and in which words."""
+
+import copy
+import functools
 import json
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from torch import nn
 
 import gnbench
-from gnbench import ConfigError
-from gnbench.build import compose
-from gnbench.config import conf_dir, identity, run_id
+from gnbench import ConfigError, check
+from gnbench.build import build_model
+from gnbench.check import compose, composed
+from gnbench.config import RunConfig, conf_dir, identity, run_id
+from gnbench.norms import ReferenceGroupNorm
 
+ROOT = Path(__file__).parents[1]
 GROUPS = ("model", "norm", "dataset", "optimizer", "schedule", "batch", "experiment")
 FILES = sorted(p.relative_to(conf_dir()) for p in conf_dir().rglob("*.yaml"))
+IDS = dict(
+    line.rsplit(" ", 1) for line in (ROOT / "tests" / "ids.txt").read_text().splitlines()
+)  # of runs that people have: a change of one orphans its run
+
+
+@functools.cache
+def chosen(*choice):
+    return composed(*choice)
+
+
+def parsed(*overrides):
+    """Return a run without asking whether it can be trained. Hydra, which is slow, composes each
+    option once; what else is set here is set without it."""
+    parser = OverridesParser.create()
+    preset = [override for override in overrides if override.startswith("experiment=")]
+    config = copy.deepcopy(chosen(*preset))
+    for override in parser.parse_overrides([o for o in overrides if o not in preset]):
+        key, value = override.key_or_group, override.value()
+        if key in GROUPS:
+            value = chosen(f"{key}={value}")[key]
+        OmegaConf.update(config, key, value, merge=False, force_add=override.is_add())
+    return RunConfig.parse(config)
+
+
+def checked(*overrides):
+    config = parsed(*overrides)
+    check.check(config)
+    check.check_machine(config)
+    return config
 
 
 def test_compose_leaves_the_hydra_application_around_it_alone():
@@ -31,12 +70,15 @@ def test_compose_leaves_the_hydra_application_around_it_alone():
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.parts[0] in GROUPS], ids=str)
 def test_every_yaml_composes_into_a_run_that_can_be_trained(file):
-    group, option = file.parts[0], file.stem
-    config = compose(f"{group}={option}")
-    if group != "experiment":
-        assert config[group].name == option
-    else:
+    choice = f"{file.parts[0]}={file.stem}"
+    params = chosen(choice).hydra.sweeper.params if "experiment" in choice else None
+    for norm in (params or {}).get("norm", "").split(","):  # a preset may sweep over it
+        config = checked(choice, *([f"norm={norm}"] if norm else []))
+    variant = "defaults:" in (conf_dir() / file).read_text()  # of an option, whose name it has
+    if "experiment" in choice:
         assert config.study != "default"
+    elif not variant:
+        assert getattr(config, file.parts[0]).name == file.stem
 
 
 def test_no_yaml_is_forgotten():
@@ -59,7 +101,7 @@ def test_the_presets_hold_the_thirteen_networks_of_the_report():
     assert grid.hydra.mode.name == "MULTIRUN"
     assert grid.hydra.sweeper.params == {"norm": "bn,gn", "batch_size": "64,32,16,8,4,2"}
     assert (grid.dataset.name, grid.model.name, grid.epochs) == ("cifar10", "simplenetv2", 30)
-    baseline = compose("experiment=figure3_baseline")
+    baseline = parsed("experiment=figure3_baseline")
     assert (baseline.model.name, baseline.norm.name) == ("resnet34", "bn")
     assert (baseline.batch_size, baseline.epochs) == (128, 200)
     assert baseline.study == grid.study == "figure3"
@@ -86,7 +128,7 @@ def test_the_presets_hold_the_thirteen_networks_of_the_report():
     ],
 )
 def test_what_a_run_is_enters_its_identity(override):
-    assert run_id(compose(override)) != run_id(compose())
+    assert parsed(override).run_id != parsed().run_id
 
 
 @pytest.mark.parametrize(
@@ -105,99 +147,118 @@ def test_what_a_run_is_enters_its_identity(override):
     ],
 )
 def test_how_it_is_executed_does_not(override):
-    assert run_id(compose(override)) == run_id(compose())
+    assert parsed(override).run_id == parsed().run_id
+
+
+def test_every_run_that_people_have_keeps_its_id():
+    assert {overrides: parsed(*overrides.split(" ")).run_id for overrides in IDS} == IDS
 
 
 def test_the_identity_survives_the_record_and_the_process():
-    config = compose("norm=gn", "batch_size=2")
-    stored = json.loads(json.dumps(OmegaConf.to_container(config, resolve=True)))
-    assert identity(stored) == identity(config)
-    assert run_id(stored) == run_id(config)
-    # A change of this name orphans every run that anybody has trained: make it on purpose.
-    assert run_id(config).startswith("cifar10-simplenetv2-gn-bs2-seed0-")
-    assert run_id(config) == "cifar10-simplenetv2-gn-bs2-seed0-1d2c1fce"
+    config = parsed("norm=gn", "batch_size=2")
+    stored = json.loads(json.dumps(config.plain()))
+    assert identity(stored) == config.identity
+    assert run_id(stored) == config.run_id == "cifar10-simplenetv2-gn-bs2-seed0-1d2c1fce"
+
+
+def test_the_reference_runs_are_the_runs_of_their_folders():
+    records = list((ROOT / "outputs" / "reference").rglob("run.json"))
+    assert len(records) >= 2
+    for path in records:
+        assert run_id(json.loads(path.read_text())["config"]) == path.parent.name
+    preset = parsed("experiment=figure3", "norm=gn")
+    assert preset.run_id in {path.parent.name for path in records}
 
 
 def test_whole_floats_are_integers_to_the_identity():
-    assert run_id(compose("optimizer.weight_decay=0")) == run_id(
-        compose("optimizer.weight_decay=0.0")
-    )
+    decay = [parsed(f"optimizer.weight_decay={value}").run_id for value in ("0", "0.0")]
+    assert decay[0] == decay[1]
+
+
+def test_a_variant_is_the_run_that_its_settings_make():
+    assert parsed("norm=gn8").run_id == parsed("norm=gn", "norm.num_groups=8").run_id
+
+
+def test_a_config_is_a_value():
+    config = parsed("norm=bn", "batch_size=4")
+    assert config == parsed("batch_size=4", "norm=bn")
+    assert len({config, parsed("norm=bn", "batch_size=4"), config.with_(seed=1)}) == 2
+    assert config.with_(batch_size=64).run_id == parsed("norm=bn").run_id
+    with pytest.raises(ConfigError, match="batch_size=0: must be at least 1"):
+        config.with_(batch_size=0)
+    seeds = [run.seed for run in config.with_(replicas=3, seed=5).runs()]
+    assert seeds == [5, 6, 7]
 
 
 BAD = {
-    "batch_size=0": "batch_size=0: must be an integer >= 1",
-    "batch_size=-2": "batch_size=-2: must be an integer >= 1",
-    "batch_size=abc": "'abc' of type 'str' could not be converted to Integer",
+    "batch_size=0": "batch_size=0: must be at least 1",
+    "batch_size=-2": "batch_size=-2: must be at least 1",
+    "batch_size=abc": "batch_size=abc: must be an integer",
     "batch_size=50001": r"batch_size=50001 is larger than the training set \(50000 images",
-    "epochs=0": "epochs=0: must be an integer >= 1",
-    "epochs=1.5": "Value '1.5' of type 'float' could not be converted to Integer",
-    "epoks=3": "Could not override 'epoks'; Key 'epoks'",
+    "epochs=0": "epochs=0: must be at least 1",
+    "epochs=1.5": "epochs=1.5: must be an integer",
     "+epoks=3": "epoks: there is no such setting",
     "+batch.size=3": "batch.size: there is no such setting",
     "+dataset.size=3": "dataset.size: there is no such setting",
     "outputs=''": "outputs='' is not a folder",
     "optimizer=sgd optimizer.nesterov=maybe": "optimizer.nesterov=maybe: must be of type bool",
-    "dataset.root=null": "dataset.root=null: choose a folder",
+    "dataset.root=null": "dataset.root=.*: must be of type str",
     "dataset._target_=nope.nope": "dataset._target_=nope.nope: No module named 'nope'",
     "dataset.mean=0.3": "dataset.mean=0.3: must be a list",
-    "model=resnet18 model.layers=3": "model.layers=3: must be a list of numbers",
-    "model=resnet18 model.layers=[a,1,1,1]": r"model.layers=\['a', 1, 1, 1\]: must be a list",
-    "schedule=multistep schedule.milestones=[x]": "schedule.milestones=.* must be a list",
-    "norm.num_grups=4": "Key 'num_grups'",
-    "norm=batch": "Available options in 'norm': bn; gn",
-    "model=vgg": "Available options in 'model'",
+    "model=resnet18 model.layers=3": "model.layers=3: must be of type list",
+    "model=resnet18 model.layers=[a,1,1,1]": r"model.layers=\['a', 1, 1, 1\]: must be of type list",
+    "schedule=multistep schedule.milestones=[x]": "schedule.milestones=.* must be of type list",
     "norm.num_groups=24": "num_groups=24 does not divide 32 channels: use 1, 2, 4, 8, 16, 32",
     "norm.channels_per_group=8": "num_groups=16 and channels_per_group=8: give exactly one",
     "norm.num_groups=null": "num_groups=None and channels_per_group=None: give exactly one",
-    "norm.eps=0": "norm.eps=0: must be a number over 0",
+    "norm.eps=0": "norm.eps=0: must be more than 0",
     "norm.affine=sometimes": "norm.affine=sometimes: must be of type bool",
-    "optimizer.lr=abc": "optimizer.lr=abc: must be a number over 0",
-    "optimizer.lr=-1": "optimizer.lr=-1: must be a number over 0",
-    "optimizer.lr=nan": "optimizer.lr=nan: must be a number",
-    "optimizer.lr=inf": "optimizer.lr=inf: must be a number",
-    "optimizer.betas=3": "optimizer.betas=3: give two numbers",
-    "optimizer.betas=[1.5,0.9]": r"optimizer.betas=\[1.5, 0.9\]: give two numbers",
-    "optimizer.betas=[a,b]": "optimizer.betas=.*: give two numbers",
-    "norm=lrn norm.alpha=abc": "norm.alpha=abc: must be a number",
+    "optimizer.lr=abc": "optimizer.lr=abc: must be a number",
+    "optimizer.lr=-1": "optimizer.lr=-1: must be more than 0",
+    "optimizer.lr=nan": "optimizer.lr=nan: must be a finite number",
+    "optimizer.lr=inf": "optimizer.lr=inf: must be a finite number",
+    "optimizer.betas=3": "optimizer.betas=3: must be a list",
+    "optimizer.betas=[1.5,0.9]": r"optimizer.betas\[0\]=1.5: must be less than 1",
+    "optimizer.betas=[a,b]": r"optimizer.betas\[0\]=a: must be a number",
+    "norm=lrn norm.alpha=abc": "norm.alpha=abc: must be of type float",
     "batch=fixed_steps batch.reference_size=60000 schedule.warmup_epochs=30": "warmup_epochs=30",
-    "optimizer.decay_norm_and_bias=some": "choose one of true, false",
+    "optimizer.decay_norm_and_bias=some": "bias=some: must be true or false",
     "precision=fp16": "precision=fp16: choose one of fp32, bf16",
     "engine=warp": "engine=warp: choose one of auto, eager, graph",
     "device=tpu": "device=tpu: choose one of auto, cpu, cuda, cuda:N",
     "device=cuda:77": "device=cuda:77: this machine has . CUDA devices",
     "progress=loud": "progress=loud: choose one of auto, bar, lines",
-    "seed=-1": "seed=-1: must be an integer from 0",
+    "seed=-1": "seed=-1: must be at least 0",
     "study=../x": "study='../x' is not a plain name",
     "study=''": "study='' is not a plain name",
     "study=a/b": "study='a/b' is not a plain name",
     "dataset.name=a/b": "dataset.name='a/b' is not a plain name",
-    "model=null": "Config group override must be a string",
-    "dataset.train_size=9": "dataset.train_size=9: must be an integer from 10 to 50000",
+    "dataset.train_size=9": "dataset.train_size=9: must be from 10 to 50000",
     "dataset.train_size=x": "dataset.train_size=x: must be an integer",
     "dataset.mean=[0.5]": r"must be a list of one number per channel \(3\)",
-    "dataset.std=[0,1,1]": "dataset.std=.*: must be positive",
-    "dataset.image=[3]": r"dataset.image=\[3\]: give \[channels, height, width\]",
+    "dataset.std=[0,1,1]": r"dataset.std\[0\]=0: must be more than 0",
+    "dataset.image=[3]": r"dataset.image=\[3\]: must be a list of 3",
     "dataset.image=[3,4,4]": "images of 4×4 pixels are too small for this network",
     "dataset.augmentation=mixup": "choose one of none, flip, pad_crop_flip",
     "batch.lr_rule=cubic": "batch.lr_rule=cubic: choose one of none, linear, sqrt",
     "schedule.per=day": "per=day: choose step or epoch",
-    "schedule.warmup_epochs=30": "warmup_epochs=30: must be less than the 30 epochs",
+    "schedule.warmup_epochs=30": "warmup_epochs=30.0: must be less than the 30 epochs",
     "model.init=magic": "init=magic: choose one of torch, he",
-    "model.dropout=2": "model.dropout=2: must be a number from 0 to 1",
+    "model.dropout=2": "model.dropout=2: must be at most 1",
     "model.final_pool=maybe": "model.final_pool=maybe: must be of type bool",
-    "checkpoint_seconds=-1": "checkpoint_seconds=-1.0: must be a number from 0",
+    "checkpoint_seconds=-1": "checkpoint_seconds=-1: must be at least 0",
     "+norm.foo=1": "unexpected keyword argument 'foo'",
     "model=resnet18 model.layers=[100000,1,1,1]": "give at most 1000 blocks in all",
     "epochs=1000000000000000000000": "epochs=10*: must be at most 9223372036854775807",
     f"batch.reference_size=1{'0' * 400}": "must be at most 9223372036854775807",
-    f"norm.eps=1{'0' * 400}": "norm.eps=10*: must be a number over 0",
-    "norm=lrn norm.k=nan": "norm.k=nan: must be a number",
+    f"norm.eps=1{'0' * 400}": "norm.eps=10*…: must be a number",
+    "norm=lrn norm.k=nan": "norm.k=nan: must be a finite number",
     "norm=lrn norm.k=1000000000000000000000": "norm=lrn.*: int too big to convert",
     "optimizer.lr=1e308 batch=linear_lr batch_size=1024": "optimizer.lr=1e.308.*becomes infinite",
     "schedule=multistep schedule.gamma=1e300": "schedule=multistep.*becomes infinite",
     "batch.name=${nope}": "batch.name: Interpolation key 'nope' not found",
-    "wait=${study}": "wait: While dereferencing interpolation",
-    "norm.name=${run_id:}": "norm.name: RecursionError raised while resolving interpolation",
+    "wait=${study}": "wait=default: must be true or false",
+    "norm.name=${nope:}": "norm.name: ",
     "norm._target_=torch.nn.NoSuchNorm": "norm._target_=torch.nn.NoSuchNorm",
     "model._target_=torch.nn.NoSuchNet": "model._target_=torch.nn.NoSuchNet",
 }
@@ -206,33 +267,114 @@ BAD = {
 @pytest.mark.parametrize("override", BAD)
 def test_bad_input_is_one_line_that_names_the_value(override):
     with pytest.raises(ConfigError, match=BAD[override]) as caught:
-        compose(*override.split(" "))
+        checked(*override.split(" "))
     assert "\n" not in str(caught.value)
 
 
-def test_a_batch_norm_with_a_cumulative_average_is_checked_on_real_values():
-    """torch reads a counter then, which no meta tensor has."""
-    compose("norm=bn", "norm.momentum=null")
-    network = ("model=resnet18", "model.stem=imagenet", "norm.momentum=null", "batch_size=1")
-    with pytest.raises(ConfigError, match="Expected more than 1 value per channel"):
-        compose(*network, "norm=bn")
+@pytest.mark.parametrize("override", ["epoks=3", "norm.num_grups=4", "norm=batch", "model=null"])
+def test_what_hydra_refuses_is_a_fault_of_the_configuration_too(override):
+    with pytest.raises(ConfigError) as caught:
+        compose(override)
+    assert "\n" not in str(caught.value)
 
 
-def test_instance_norm_of_a_single_pixel_is_refused():
-    with pytest.raises(ConfigError, match="norm=in, batch_size=64: Expected more than 1 spatial"):
-        compose("model=resnet18", "model.stem=imagenet", "norm=in")
+class Net(nn.Module):
+    """A network of one's own. Its norm sees maps of 1×1."""
+
+    def __init__(self, norm, image, classes):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(image[0], 16, image[1:]), norm(16), nn.Flatten())
+        self.head = nn.Linear(16, classes)
+
+    def forward(self, x):
+        return self.head(self.features(x))
 
 
-def test_batch_norm_of_a_single_value_is_refused():
-    overrides = ("model=resnet18", "model.stem=imagenet", "batch_size=1")
-    compose(*overrides, "norm=gn")
-    with pytest.raises(ConfigError, match="batch_size=1: Expected more than 1 value per channel"):
-        compose(*overrides, "norm=bn")
+def with_network(name, *overrides):
+    model = {"name": "own", "_target_": f"tests.test_config.{name}"}
+    return parsed("norm=bn", *overrides).with_(model=model)
+
+
+class Auxiliary(Net):
+    def forward(self, x):
+        logits = super().forward(x)
+        return (logits, logits) if self.training else logits
+
+
+class Map(Net):
+    def forward(self, x):
+        return super().forward(x)[..., None, None]
+
+
+class FewerInEvaluation(Net):
+    def forward(self, x):
+        return super().forward(x)[:, : None if self.training else 9]
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ("Auxiliary", "in training it returns tuple for 64 images of 10 classes"),
+        ("Map", r"in training it returns \(64, 10, 1, 1\) for 64 images of 10 classes"),
+        ("FewerInEvaluation", r"in evaluation it returns \(\d+, 9\) .* shape \(\d+, 10\)"),
+    ],
+)
+def test_what_a_network_returns_must_be_logits(network, message):
+    with pytest.raises(ConfigError, match=message):
+        check.check(with_network(network))
+    check.check(with_network("Net"))
+
+
+PIXEL = ("model=resnet18", "model.stem=imagenet", "model.layers=[1,1,1,1]")  # 32×32 becomes 1×1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refused"),
+    [
+        ((*PIXEL, "norm=in"), "norm=in, batch_size=64: "),
+        ((*PIXEL, "norm=gn", "batch_size=1"), ""),
+        ((*PIXEL, "norm=bn", "batch_size=1"), "norm=bn, batch_size=1: "),
+        # torch reads a counter then, which no meta tensor has.
+        ((*PIXEL, "norm=bn", "norm.momentum=null", "batch_size=1"), "norm=bn, batch_size=1: "),
+        ((*PIXEL, "norm=bn", "norm.momentum=null"), ""),
+        ((*PIXEL, "norm=gn", "norm.num_groups=null", "norm.channels_per_group=1"), "512 groups"),
+    ],
+    ids=lambda value: " ".join(value[3:]) if isinstance(value, tuple) else "",
+)
+def test_a_norm_of_single_values_is_refused(overrides, refused):
+    with pytest.raises(ConfigError, match=refused) if refused else nullcontext():
+        check.check(parsed(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refused"),
+    [
+        (["norm=gn"], r"GroupNorm\(16 groups\) on .* normalizes single values"),
+        (["norm=gn", "norm._target_=gnbench.norms.ReferenceGroupNorm"], "normalizes single values"),
+        (["norm=gn8"], ""),
+        (["dataset.train_size=33", "batch_size=32"], ""),  # the last batch is dropped
+        (["+norm.track_running_stats=false"], ""),
+        # The last chunk of the test images is one image, and there are no running statistics.
+        (["+norm.track_running_stats=false", "dataset.test_images=10001"], "norm=bn, batch_size="),
+        (["dataset.test_images=10001"], ""),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_norm_of_single_values_in_a_network_of_one_s_own(overrides, refused):
+    with pytest.raises(ConfigError, match=refused) if refused else nullcontext():
+        check.check(with_network("Net", *overrides))
+
+
+def test_bf16_is_refused_where_the_processor_emulates_it(monkeypatch):
+    monkeypatch.setattr(check, "has_native_bf16", lambda device: False)
+    with pytest.raises(ConfigError, match=r"precision=bf16: .* in emulation, .* precision=fp32"):
+        compose("precision=bf16", "device=cpu")
+    check.check(parsed("precision=bf16"))  # of other machines this says nothing
+    monkeypatch.setattr(check, "has_native_bf16", lambda device: True)
+    compose("precision=bf16", "device=cpu")
 
 
 def test_checking_leaves_the_random_generator_alone():
-    import torch
-
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -241,9 +383,6 @@ def test_checking_leaves_the_random_generator_alone():
 
 
 def test_the_report_s_group_norm_is_reachable_by_an_override():
-    from gnbench.build import build_model
-    from gnbench.norms import ReferenceGroupNorm
-
     config = compose("norm._target_=gnbench.norms.ReferenceGroupNorm")
     layers = [m for m in build_model(config).modules() if isinstance(m, ReferenceGroupNorm)]
     assert len(layers) == 6
@@ -257,7 +396,27 @@ def test_lazy_names_are_all_there():
 
 
 def test_the_data_root_follows_the_environment(monkeypatch):
-    monkeypatch.setenv("GNBENCH_DATA", "/somewhere")
-    assert compose().dataset.root == "/somewhere"
-    monkeypatch.delenv("GNBENCH_DATA")
-    assert Path(compose().dataset.root).parts[0] == "~"
+    monkeypatch.setenv("HOME", "/home/of/somebody")
+    for value, root in (
+        ("/somewhere", "/somewhere"),
+        ("~/data", "/home/of/somebody/data"),
+        ("", "/home/of/somebody/.cache/gnbench"),
+    ):
+        monkeypatch.setenv("GNBENCH_DATA", value)
+        assert parsed().dataset.root == root
+    assert parsed("outputs='~/runs'").outputs == "/home/of/somebody/runs"
+
+
+@pytest.mark.parametrize("group", ["model", "norm", "dataset", "optimizer", "schedule", "batch"])
+@pytest.mark.parametrize("value", ["true", "1", "1.5"])
+def test_a_name_that_yaml_takes_for_something_else_is_refused(group, value):
+    with pytest.raises(ConfigError, match=rf"{group}\.name=.*: .* in quotes"):
+        parsed(f"{group}.name={value}")
+
+
+def test_folders_of_one_s_own_are_searched(tmp_path):
+    (tmp_path / "norm").mkdir()
+    (tmp_path / "norm" / "mine.yaml").write_text("defaults: [bn]\nname: mine\n")
+    assert compose("norm=mine", config_dirs=[str(tmp_path)]).norm.name == "mine"
+    with pytest.raises(ConfigError, match="norm/mine"):
+        compose("norm=mine")

@@ -10,11 +10,12 @@ import time
 import pytest
 import torch
 
-from gnbench.build import compose
-from gnbench.config import ConfigError, run_id
-from gnbench.train.distributed import Crew
-from tests import crews, tiny
+from gnbench.check import check_machine, compose
+from gnbench.errors import ConfigError
+from gnbench.train.distributed import AGREE_STEPS, ProcessGroup
+from tests import process_groups, tiny
 from tests.conftest import measured, started
+from tests.process_groups import together
 
 JOINT_NORMS = ("syncbn", "gn", "ln", "in", "lrn", "none")
 RUN = (*tiny.OVERRIDES, "batch_size=4", "dataset.augmentation=none", "checkpoint_seconds=0")
@@ -32,39 +33,37 @@ def flat(numbers):
     return torch.cat([torch.tensor(values).flatten() for values in gradients]).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", JOINT_NORMS)
-@pytest.mark.parametrize("images", [16, 11], ids=["whole", "partial"])
-def test_the_gradients_are_those_of_one_process_with_the_joint_batch(norm, images):
+def test_the_gradients_are_those_of_one_process_with_the_joint_batch(norm):
     """Float32; the bound is for sums in another order. 11 images are 6 and 5."""
-    overrides = (f"norm={norm}", "model.init=he")
-    [alone] = crews.together(crews.gradients, 1, overrides, images)
-    both = crews.together(crews.gradients, 2, overrides, images)
-    for member in both:
-        assert member.keys() == alone.keys()
-        assert difference(flat(member), flat(alone)) < 1e-5
-        assert member["wrong"] == alone["wrong"]
+    [alone] = together(process_groups.gradients, 1, norm, 11)
+    for one in together(process_groups.gradients, 2, norm, 11):
+        assert one.keys() == alone.keys()
+        assert difference(flat(one), flat(alone)) < 1e-5
+        assert one["wrong"] == alone["wrong"]
         for name in alone:
-            if "running" in name or name == "loss":
-                assert difference(member[name], alone[name]) < 1e-5, name
+            if "running" in name or name == "loss_sum":
+                assert difference(one[name], alone[name]) < 1e-5, name
 
 
+@pytest.mark.slow
 def test_plain_batch_norm_normalizes_over_each_process_alone():
     """As Wu & He do; so its gradients are not those of the joint batch."""
-    [alone] = crews.together(crews.gradients, 1, ("norm=bn",), 16)
-    one, other = crews.together(crews.gradients, 2, ("norm=bn",), 16)
-    weight = "features.0.0.weight"
-    assert difference(one[weight], other[weight]) == 0  # averaged
-    assert difference(one[weight], alone[weight]) > 0.05
-    mean = "features.0.1.running_mean"
-    assert one[mean] != other[mean]
+    [alone] = together(process_groups.gradients, 1, "bn", 16)
+    one, other = together(process_groups.gradients, 2, "bn", 16)
+    assert difference(one["0.weight"], other["0.weight"]) == 0  # averaged
+    assert difference(one["0.weight"], alone["0.weight"]) > 0.05
+    assert one["1.running_mean"] != other["1.running_mean"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("shares", [(3, 3), (4, 1)], ids=["equal", "unequal"])
 def test_sync_batch_norm_is_batch_norm_of_the_joint_batch(shares, momentum):
     """In float64: outputs, gradients of input, γ and β, running statistics, eval mode."""
-    [joint] = crews.together(crews.normalized, 1, (sum(shares),), momentum)
-    one, other = crews.together(crews.normalized, 2, shares, momentum)
+    [joint] = together(process_groups.normalized, 1, (sum(shares),), momentum)
+    one, other = together(process_groups.normalized, 2, shares, momentum)
     for turn in range(2):
         for part in range(2):
             pieces = one["outputs"][turn][part] + other["outputs"][turn][part]
@@ -77,23 +76,33 @@ def test_sync_batch_norm_is_batch_norm_of_the_joint_batch(shares, momentum):
         assert difference(total, joint[name]) < 1e-6
 
 
-def test_a_restarted_crew_does_not_look_for_the_dead_at_their_old_addresses():
+@pytest.mark.slow
+def test_restarted_processes_do_not_look_for_the_dead_at_their_old_addresses():
     """The store in which torchrun's processes meet keeps what those before a restart wrote."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for seconds in (0, 1):
-        assert crews.together(crews.late, 3, seconds, store=store) == [3.0] * 3
+        assert together(process_groups.late, 3, seconds, store=store) == [3.0] * 3
 
 
-def test_a_crew_stops_after_the_same_step_whoever_receives_the_signal():
-    stopped = crews.together(crews.agreements, 3, {1: 5})
+@pytest.mark.slow
+def test_all_stop_after_the_same_step_whoever_receives_the_signal():
+    stopped = together(process_groups.agreements, 3, 1, 5)
     assert len(set(stopped)) == 1
-    assert 5 <= stopped[0] <= 5 + 128
+    assert 5 <= stopped[0] <= 5 + AGREE_STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("skip", "told"), [(False, (True, {"step": 7})), (True, (False, {"status": "completed"}))]
+)
+def test_the_others_train_or_hear_of_the_record(skip, told):
+    assert together(process_groups.beginnings, 2, skip) == [None, told]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_the_shares_of_a_batch_are_equal_and_leave_nothing_out(size):
     for images in range(size, 20):
-        shares = [Crew(rank, size).share(100, 100 + images) for rank in range(size)]
+        shares = [ProcessGroup(rank, size).share(100, 100 + images) for rank in range(size)]
         assert shares[0][0] == 100
         assert shares[-1][1] == 100 + images
         assert all(before[1] == after[0] for before, after in itertools.pairwise(shares))
@@ -101,19 +110,32 @@ def test_the_shares_of_a_batch_are_equal_and_leave_nothing_out(size):
         assert max(lengths) - min(lengths) <= 1
 
 
+def test_a_process_alone_asks_nobody():
+    group = ProcessGroup()
+    group.begin_training({"step": 7})
+    assert group.leads
+    assert group.agree(15, True) == (15, True)
+    assert group.gather("item") == ["item"]
+    assert group.add(torch.tensor(3.0)) == 3
+
+
 def test_the_number_of_processes_is_part_of_what_a_run_is(monkeypatch):
-    alone = run_id(compose("norm=gn", "batch_size=2"))
-    with pytest.raises(ConfigError, match="processes=2: this is one of 1; start torchrun"):
-        compose("norm=gn", "batch_size=2", "processes=2")
+    settings = ("norm=gn", "batch_size=2")
+    alone = compose(*settings)
+    with pytest.raises(ConfigError, match="processes=2"):
+        check_machine(compose(*settings, "processes=2"))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    both = compose("norm=gn", "batch_size=2")
+    both = compose(*settings)
     assert both.processes == 2
-    assert run_id(both) != alone
-    with pytest.raises(ConfigError, match="batch_size=30000 for 2 processes is larger"):
+    assert both.run_id != alone.run_id
+    with pytest.raises(ConfigError, match="batch_size=30000 for 2 processes"):
         compose("batch_size=30000")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert run_id(compose("norm=gn", "batch_size=2")) == alone
+    assert compose(*settings).run_id == alone.run_id
+
+
+# From here on, with torchrun.
 
 
 def torchrun(folder, *arguments, options=()):
@@ -126,11 +148,11 @@ def finished(process):
     return process.returncode, said
 
 
+@pytest.mark.slow
 def test_torchrun_trains_one_run_and_only_rank_0_writes(tmp_path, cli):
     code, said = finished(torchrun(tmp_path, "-m", *RUN, "norm=gn,syncbn"))
     assert code == 0, said
     assert said.count("completed in") == 2  # one process speaks
-    assert said.count("status  ") == 1
     assert "Warning" not in said
     cli(*RUN, "norm=gn", "batch_size=8", "study=alone", check=0)
     records = {
@@ -165,7 +187,10 @@ def undisturbed(tmp_path_factory):
     return measured(metrics)
 
 
-LONG = (*RUN, "norm=syncbn", "model.dropout=0.1", "epochs=60", "checkpoint_seconds=0.2")
+LONG = (
+    *(*RUN, "model._target_=tests.trainings.small", "norm=syncbn", "model.dropout=0.1"),
+    *("epochs=50", "checkpoint_seconds=0.2"),
+)
 
 
 def under_way(folder):
@@ -189,8 +214,9 @@ def workers(launcher):
     return sorted(int(pid) for pid in listed.stdout.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_of_a_crew_is_restarted_and_resumes(tmp_path, undisturbed, rank):
+def test_a_killed_process_is_restarted_and_all_resume(tmp_path, undisturbed, rank):
     launcher = torchrun(tmp_path, *LONG, options=["--max-restarts=1"])
     metrics = under_way(tmp_path)
     os.kill(workers(launcher)[rank], signal.SIGKILL)
@@ -200,6 +226,7 @@ def test_a_killed_process_of_a_crew_is_restarted_and_resumes(tmp_path, undisturb
     assert measured(metrics) == undisturbed
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_leaves_a_checkpoint_and_the_same_command_resumes(
     tmp_path, undisturbed
 ):

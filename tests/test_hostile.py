@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -194,7 +195,7 @@ def assert_refused_or_trainable(arguments, code, out, err, report, written):
         assert err.splitlines()[-1].startswith("gnbench: error:")
         return
     if code == 2:
-        assert_refused(err, out, written, several="-m" in arguments)
+        assert_refused(err, out, written, several=len(arguments) > 1)
         return
     assert code in (0, 1), err
     assert report["accepted"] or any(map(is_flag, arguments))
@@ -209,6 +210,7 @@ def two_at_a_time(case, commands):
         return list(pool.map(case, commands))
 
 
+@pytest.mark.slow
 @given(st.lists(COMMANDS, min_size=BATCH, max_size=BATCH))
 @MANY
 def test_a_command_line_is_refused_in_one_line_or_can_be_trained(call, commands):
@@ -218,6 +220,7 @@ def test_a_command_line_is_refused_in_one_line_or_can_be_trained(call, commands)
     two_at_a_time(check, commands)
 
 
+@pytest.mark.slow
 @given(st.lists(ANSWERS, min_size=BATCH, max_size=BATCH))
 @FEWER
 def test_status_and_aggregate_refuse_in_one_line_what_is_not_there(call, commands):
@@ -235,22 +238,94 @@ def test_an_absolute_folder_for_outputs_is_the_user_s_choice(call, tmp_path):
     code, _, err, report, written = call("gnbench", [f"outputs={chosen}"], [str(chosen)])
     assert (code, err, report["changes"], written) == (0, "", [], [])
     [run] = report["accepted"]
-    assert run["directory"] == f"{chosen}/default/{run['run_id']}"
+    assert run["run_dir"] == f"{chosen}/default/{run['run_id']}"
+
+
+VARIANT = "give it to one of several by a variant: norm=bn,gn8"
+REFUSED = {
+    "batch_size=0": "batch_size=0: must be at least 1",
+    "epoks=3": "epoks=3: there is no such setting; --cfg job lists those there are",
+    "batch_size=2,4": "batch_size=2,4",
+    "norm=nope": "norm/nope",
+    "model": "model: this is no setting: write ",
+    "outputs=~/runs": "outputs=~/runs: Hydra cannot read this value; put it in quotes",
+    f"epochs=1{'0' * 5000}": "",
+    "-m batch_size=range(1,1000000000)": "a sweep of more than 10000 cells; split it",
+    "norm._target_=tests.hostile.leave": "a _target_ ends the program",
+    # Settings that the chosen option does not have.
+    "norm=bn norm.num_groups=8": "norm.num_groups=8: norm=bn has no such setting, only eps, ",
+    "norm=none norm.eps=1": "norm.eps=1: norm=none has no such setting",
+    "-m norm=bn,gn norm.num_groups=8": f"norm=bn has no such setting, only eps, .*; {VARIANT}",
+    "-m optimizer=adamw,sgd optimizer.betas=[0.5,0.9]": "optimizer=sgd has no such setting",
+    "experiment=figure3 norm.momentum=0.2": f"norm=gn has no such setting, only .*; {VARIANT}",
+    "experiment=figure3 norm.num_groups=8": "norm.num_groups=8: norm=bn has no such setting",
+    # Folders that Hydra would make.
+    "hydra.run.dir=x": "hydra.run.dir=x: gnbench names the folders of runs; choose outputs=DIR",
+    "-m seed=0,1 hydra.sweep.subdir=${hydra.job.num}": r"hydra.sweep.subdir=\${hydra.job.num}: ",
+    "-m seed=0,1 hydra.sweep.dir=x": "hydra.sweep.dir=x: gnbench names the folders of runs",
+    "-m seed=0,1 ++hydra.job.chdir=true": "hydra.job.chdir=true: ",
+}
+
+
+@pytest.mark.parametrize("typed", REFUSED, ids=lambda typed: typed[:50].strip())
+def test_bad_input_is_one_line_that_says_what_to_do(call, typed):
+    code, out, err, report, written = call("gnbench", typed.split(" "))
+    assert code == 2
+    assert report["accepted"] == report["changes"] == []
+    assert re.search(REFUSED[typed], err)
+    assert_refused(err, out, written, several=False)
+
+
+def test_every_fault_of_a_sweep_is_named_once(call):
+    _, out, err, _, written = call("gnbench", ["-m", "norm.num_groups=16,24,48", "batch_size=2,0"])
+    divisors = "use 1, 2, 4, 8, 16, 32"
+    assert sorted(err.removeprefix("gnbench: ").splitlines()) == [
+        "batch_size=0: must be at least 1",
+        f"model=simplenetv2, norm=gn: num_groups=24 does not divide 32 channels: {divisors}",
+        f"model=simplenetv2, norm=gn: num_groups=48 does not divide 32 channels: {divisors}",
+    ]
+    assert_refused(err, out, written, several=True)
+
+
+ACCEPTED = {
+    "-m norm=bn,syncbn norm.momentum=0.2": ["bn", "syncbn"],
+    "-m norm.momentum=0.2 norm=choice(bn,syncbn) +norm.track_running_stats=true": ["bn", "syncbn"],
+    "experiment=figure3 batch_size=8 norm=bn,syncbn norm.momentum=0.2": ["bn", "syncbn"],
+    "experiment=figure3 batch_size=8 norm.eps=0.1": ["bn", "gn"],
+    "-m norm=bn,gn8": ["bn", "gn"],
+}
+
+
+@pytest.mark.parametrize("typed", ACCEPTED)
+def test_a_setting_of_several_norms_goes_to_each(call, typed):
+    code, _, err, report, _ = call("gnbench", typed.split(" "))
+    assert code in (0, 1), err  # 1: nothing was trained
+    norms = [run["config"]["norm"] for run in report["accepted"]]
+    assert [norm["name"] for norm in norms] == ACCEPTED[typed]
+    assert all(norm.get("momentum") == 0.2 for norm in norms) == ("momentum" in typed)
+
+
+def test_parts_of_one_s_own_and_a_name_that_yaml_takes_for_true(call, tmp_path):
+    (tmp_path / "norm").mkdir()
+    text = "defaults: [bn]\nname: {}\n"
+    (tmp_path / "norm" / "mine.yaml").write_text(text.format("mine"))
+    (tmp_path / "norm" / "odd.yaml").write_text(text.format("on"))
+    here = f"--config-dir={tmp_path}"
+    code, _, err, report, _ = call("gnbench", [here, "norm=mine"])
+    assert (code, [run["config"]["norm"]["name"] for run in report["accepted"]]) == (0, ["mine"])
+    _, _, err, _, _ = call("gnbench", [here, "norm=mine", "norm.num_groups=8"])
+    assert "norm=mine has no such setting, only eps" in err
+    code, out, err, _, written = call("gnbench", [here, "-m", "norm=odd", "seed=0,1"])
+    assert code == 2
+    assert "norm.name=True: " in err
+    assert "put it in quotes" in err
+    assert_refused(err, out, written, several=False)
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        ["study=a/../../x"],
-        ["model=resnet18", "model.layers=[100000,1,1,1]"],
-        ["model=resnet18", "model.block.path=nope"],
-        ["model=resnet18", "norm=lrn", "norm.k=${nope}"],
-        ["device='a\nb'"],
-        ["-m", "batch_size=range(1,1000000000)"],
-        ["norm._target_=tests.hostile.leave"],
-        [f"epochs=1{'0' * 5000}"],
-    ],
-    ids=lambda arguments: arguments[-1][:40],
+    [["norm._target_=tests.hostile.leave"], ["-m", "norm=bn,gn", "norm.num_groups=8"]],
+    ids=lambda arguments: arguments[-1],
 )
 def test_the_real_command_does_as_the_forks_do(cli, tmp_path, arguments):
     done = cli(*arguments, check=2)

@@ -14,7 +14,10 @@ import pytest
 from tests import tiny
 from tests.conftest import ROOT, environment, measured, started
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc"),
+]
 LONG = ("norm=bn,gn,ln", "epochs=60", "dataset.augmentation=none")
 PLUGINS = {
     "joblib": "hydra_plugins.hydra_joblib_launcher",
@@ -171,20 +174,35 @@ def test_a_worker_killed_at_a_later_replica_goes_on_there(tmp_path):
     assert "resumes after step" in (directory / "gnbench.log").read_text()
 
 
+DEADLY = """
+import os, signal
+from gnbench.models import SimpleNetV2 as Good
+from tests.tiny import dataset
+
+class Bad(Good):
+    def forward(self, x):
+        if not x.is_meta: os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+def killer(root=None): os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(
+    ("deadly", "left"),
+    [
+        ("model._target_=deadly.Bad,deadly.Good,gnbench.models.SimpleNetV2", "stale"),
+        # Before there is a run directory.
+        ("dataset._target_=deadly.killer,deadly.dataset,tests.tiny.dataset", "missing"),
+    ],
+    ids=["in training", "before it"],
+)
 @pytest.mark.parametrize("launcher", PLUGINS)
-def test_only_the_cell_that_kills_its_workers_is_lost(tmp_path, launcher):
-    (tmp_path / "deadly.py").write_text(
-        "import os, signal\nfrom tests import tiny\n"
-        "def good(root=None): return tiny.dataset()\n"
-        "def bad(root=None): os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    sweep = Sweep(
-        *(tmp_path, launcher, "dataset._target_=deadly.bad,deadly.good,tests.tiny.dataset"),
-        TWO[launcher],
-        env={"PYTHONPATH": f"{ROOT}:{tmp_path}"},
-    )
+def test_only_the_cell_that_kills_its_workers_is_lost(tmp_path, launcher, deadly, left):
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    sweep = Sweep(tmp_path, launcher, deadly, TWO[launcher])
     out, err = sweep.end(1)
-    state = {"joblib": "failed", "ray": "stale"}[launcher]
+    state = {"joblib": "failed", "ray": left}[launcher]
     assert table(out) == [state, "completed", "completed"]
     said = {"joblib": "its worker was killed 3 times", "ray": "a run is lost (WorkerCrashed"}
     assert (out + err).count(said[launcher]) == 1

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from gnbench import ConfigError
-from gnbench.build import build_model, compose
+from gnbench.build import build_model
+from gnbench.check import compose
 
 MODELS = ("simplenet", "simplenetv2", "resnet18", "resnet34", "resnet50")
 NORMS = ("none", "bn", "gn", "ln", "in", "lrn")
@@ -17,6 +18,14 @@ def parameters(*overrides):
 
 def test_simplenetv2_has_the_parameters_of_the_report():
     assert parameters("model=simplenetv2", "norm=bn") == 2_396_330
+
+
+def test_simplenetv2_in_other_sizes():
+    small = ("norm=bn", "model.channels=[16,32,64]", "model.hidden=64")
+    assert parameters("model=simplenetv2", *small) == 138_778
+    for wrong in ("channels=[16,32]", "channels=[0,32,64]", "hidden=0"):
+        with pytest.raises(ConfigError, match=r"give .*positive number"):
+            compose("norm=bn", f"model.{wrong}")
 
 
 @pytest.mark.parametrize(

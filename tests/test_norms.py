@@ -2,7 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from gnbench.norms import LocalResponseNorm, ReferenceGroupNorm, group_norm
+from gnbench.norms import (
+    LocalResponseNorm,
+    ReferenceGroupNorm,
+    SyncBatchNorm,
+    group_norm,
+    imprecise_statistics,
+)
 
 
 @pytest.fixture
@@ -68,6 +74,84 @@ def test_group_norm_channels_last_has_the_same_gradients(groups):
         gradients.append([x.grad, norm.weight.grad, norm.bias.grad])
     for plain, channels_last in zip(*gradients, strict=True):
         torch.testing.assert_close(channels_last, plain, rtol=1e-5, atol=1e-5)
+
+
+FORMATS = (torch.contiguous_format, torch.channels_last)
+STATISTICS = {  # the axes of N,C,H,W, or of N,groups,C/groups,H,W, over which each takes them
+    "bn": (lambda: nn.BatchNorm2d(4), None, (0, 2, 3)),
+    "syncbn": (lambda: SyncBatchNorm(4), None, (0, 2, 3)),
+    "in": (lambda: nn.InstanceNorm2d(4, affine=True), None, (2, 3)),
+    "gn": (lambda: group_norm(4, 2), 2, (2, 3, 4)),
+    "ln": (lambda: group_norm(4, 1), 1, (2, 3, 4)),
+    "reference": (lambda: ReferenceGroupNorm(4, 2), 2, (2, 3, 4)),
+}
+
+
+def standardized(x, groups, over):
+    grouped = x if groups is None else x.reshape(x.shape[0], groups, -1, *x.shape[2:])
+    variance = grouped.var(over, correction=0, keepdim=True)
+    return ((grouped - grouped.mean(over, keepdim=True)) / (variance + 1e-5).sqrt()).reshape(
+        x.shape
+    )
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("norm", STATISTICS)
+@pytest.mark.parametrize("ratio", [0, 10, 17, 100, 1000, 10_000])
+def test_a_mean_that_is_large_beside_its_deviation(norm, memory_format, ratio):
+    """In float32 against float64, forwards and backwards, to 1e-3; batch norm says where not."""
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(2))
+    x = (x + ratio).contiguous(memory_format=memory_format).requires_grad_()
+    make, groups, over = STATISTICS[norm]
+    layer = make()
+    layer(x).backward(upstream)
+    exact = x.detach().double().requires_grad_()
+    expected = standardized(exact, groups, over)
+    expected.backward(upstream.double())
+    if norm in ("bn", "syncbn") and ratio >= 1000:
+        for _ in range(100):  # until the running statistics are those of the batch
+            layer(x)
+        assert "standard deviations" in imprecise_statistics(layer)
+        return
+    assert imprecise_statistics(layer) is None
+    torch.testing.assert_close(make()(x).double(), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_group_norm_of_two_values_far_from_zero(memory_format, groups):
+    """Means of 10,000, deviations of 1: ±1, but for ε."""
+    x = torch.full((2, 4, 8, 8), 9_999.0)
+    x[..., ::2] = 10_001.0
+    out = group_norm(4, groups)(x.contiguous(memory_format=memory_format))
+    torch.testing.assert_close(out, (x - 10_000) * 0.999995, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 30.0])
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("norm", STATISTICS)
+def test_constant_inputs_give_beta(norm, memory_format, value):
+    make, groups, _ = STATISTICS[norm]
+    layer = make()
+    with torch.no_grad():
+        layer.bias.copy_(torch.tensor([1.0, -2.0, 3.0, 0.0]))
+    x = torch.full((3, 4, 8, 8), value).contiguous(memory_format=memory_format).requires_grad_()
+    out = layer(x)
+    out.square().sum().backward()
+    expected = layer.bias[:, None, None].expand(3, 4, 8, 8)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-3 if groups is None else 1e-5)
+    assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("layer", [group_norm, ReferenceGroupNorm])
+def test_a_group_of_one_value_gives_beta(layer):
+    norm = layer(4, 4)
+    with torch.no_grad():
+        norm.bias.copy_(torch.tensor([1.0, -2.0, 3.0, 0.0]))
+    x = torch.tensor([0.3, 7.0, -1000.0, 0.1]).reshape(1, 4, 1, 1).repeat(3, 1, 1, 1)
+    torch.testing.assert_close(norm(x)[:, :, 0, 0], norm.bias.expand(3, 4))
 
 
 @pytest.mark.parametrize("layer", [group_norm, ReferenceGroupNorm])

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from gnbench.build import compose
+from gnbench.check import compose
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text()

@@ -1,36 +1,38 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import threading
 
 import pytest
 import torch
 
-from gnbench import build as experiment
-from gnbench import datasets
-from gnbench.config import ConfigError, run_id
-from gnbench.runs import directory as runs
-from gnbench.runs import runner as execution
-from gnbench.runs.directory import Run
-from gnbench.runs.lock import LockedError
+from gnbench import build
+from gnbench.errors import ConfigError, DataError, Interrupted, LockedError
+from gnbench.runs import directory, runner
+from gnbench.runs.directory import RunDirectory
 from gnbench.runs.runner import run
-from gnbench.runs.signals import Interrupted
 from gnbench.train.engine import EagerEngine
 from tests.conftest import measured
 
 
-def place(config):
-    return Run(f"{config.outputs}/{config.study}/{run_id(config)}")
+def of(config):
+    return RunDirectory(config.run_dir)
+
+
+def killed(*_):
+    """End the process where something else was to be done."""
+    raise SystemExit
 
 
 def test_a_run_directory_holds_what_the_contract_says(tiny_config):
     config = tiny_config("epochs=7")
     record = run(config)
-    directory = place(config).directory
-    files = {p.name for p in directory.iterdir()}
+    folder = config.run_dir
+    files = {p.name for p in folder.iterdir()}
     assert files == {"run.json", "metrics.csv", "model.pt", "gnbench.log", ".lock"}
-    assert record == json.loads((directory / "run.json").read_text())
+    assert record == json.loads((folder / "run.json").read_text())
     assert set(record) == {
         "status", "config", "seed", "error", "result", "versions", "device", "engine",
         "started", "seconds", "peak_memory_bytes",
@@ -39,7 +41,7 @@ def test_a_run_directory_holds_what_the_contract_says(tiny_config):
     assert record["versions"]["torch"] == torch.__version__.split("+")[0]
     assert record["device"].startswith("cpu (")
     assert record["peak_memory_bytes"] > 0
-    header, *rows = (directory / "metrics.csv").read_text().splitlines()
+    header, *rows = (folder / "metrics.csv").read_text().splitlines()
     assert header == (
         "epoch,step,lr,train_loss,train_error,test_loss,test_error,test_wrong,test_total,"
         "images_per_second,seconds"
@@ -51,21 +53,21 @@ def test_a_run_directory_holds_what_the_contract_says(tiny_config):
         "test_error_final": errors[-1],
         "epochs": 7,
     }
-    model = experiment.build_model(config)
-    model.load_state_dict(torch.load(directory / "model.pt", weights_only=True))
+    model = build.build_model(config)
+    model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
 
 
 def test_a_complete_run_is_not_trained_again_unless_asked(tiny_config, caplog):
     caplog.set_level("INFO")
     config = tiny_config()
     first = run(config)
-    metrics = place(config).metrics_path.read_text()
+    metrics = of(config).metrics_path.read_text()
     assert run(config) == first
     assert "is completed (test error" in caplog.text
-    assert place(config).metrics_path.read_text() == metrics
+    assert of(config).metrics_path.read_text() == metrics
     again = run(tiny_config("rerun=true"))
     assert again["started"] >= first["started"]
-    assert measured(place(config).metrics_path) == [r.split(",")[:9] for r in metrics.splitlines()]
+    assert measured(of(config).metrics_path) == [r.split(",")[:9] for r in metrics.splitlines()]
 
 
 def interrupt(config, monkeypatch, step, *signals):
@@ -92,17 +94,17 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on(
 ):
     config = tiny_config("epochs=3")
     expected = run(tiny_config("epochs=3", f"outputs={tmp_path}/whole"))
-    whole = measured(Run(f"{tmp_path}/whole/default/{run_id(config)}").metrics_path)
+    whole = measured(RunDirectory(tmp_path / "whole" / "default" / config.run_id).metrics_path)
 
     caught = interrupt(config, monkeypatch, 8, number, number)  # as Slurm does without grace time
     assert caught.exit_code == 128 + number
-    assert place(config).record()["status"] == "interrupted"
-    assert torch.load(place(config).checkpoint_path, weights_only=True)["position"]["step"] == 9
+    assert of(config).record()["status"] == "interrupted"
+    assert torch.load(of(config).checkpoint_path, weights_only=True)["position"]["step"] == 9
     assert signal.getsignal(number) != signal.SIG_IGN
     record = run(config)
-    assert measured(place(config).metrics_path) == whole
+    assert measured(of(config).metrics_path) == whole
     assert record["result"] == expected["result"]
-    assert not place(config).checkpoint_path.exists()
+    assert not of(config).checkpoint_path.exists()
 
 
 def test_rerun_of_an_interrupted_run_resumes_it_too(tiny_config, monkeypatch):
@@ -126,13 +128,13 @@ def test_rerun_without_data_keeps_the_old_result(tiny_config, monkeypatch):
     first = run(config)
 
     def gone(config):
-        raise datasets.DataError("the images are gone")
+        raise DataError("the images are gone")
 
-    monkeypatch.setattr(execution, "load_dataset", gone)
-    with pytest.raises(datasets.DataError):
+    monkeypatch.setattr(build, "load_dataset", gone)
+    with pytest.raises(DataError):
         run(config)
-    assert place(config).record() == first
-    assert place(config).model_path.exists()
+    assert of(config).record() == first
+    assert of(config).model_path.exists()
 
 
 def test_a_signal_before_the_training_is_heeded_at_once(tiny_config, monkeypatch):
@@ -142,33 +144,33 @@ def test_a_signal_before_the_training_is_heeded_at_once(tiny_config, monkeypatch
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the download went on")
 
-    monkeypatch.setattr(execution, "load_dataset", slow)
+    monkeypatch.setattr(build, "load_dataset", slow)
     with pytest.raises(Interrupted) as caught:
         run(config)
     assert caught.value.exit_code == 143
-    assert place(config).record()["status"] == "interrupted"
+    assert not config.run_dir.exists()
 
 
 def test_a_signal_at_the_very_end_spares_the_run_and_stops_the_sweep(tiny_config, monkeypatch):
-    save = Run.save_model
+    save = RunDirectory.save_model
 
     def interrupted(self, state):
         os.kill(os.getpid(), signal.SIGINT)
         save(self, state)
 
-    monkeypatch.setattr(Run, "save_model", interrupted)
+    monkeypatch.setattr(RunDirectory, "save_model", interrupted)
     config = tiny_config()
     with pytest.raises(Interrupted):
         run(config)
-    assert place(config).record()["status"] == "completed"
-    assert place(config).model_path.exists()
+    assert of(config).record()["status"] == "completed"
+    assert of(config).model_path.exists()
 
 
 def test_a_run_killed_between_its_divergence_and_its_record_stays_diverged(tiny_config):
     config = tiny_config("norm=none", "optimizer=sgd", "optimizer.lr=1e9", "epochs=9")
-    training = experiment.build_training(config, experiment.load_dataset(config))
+    training = build.build_training(config, build.load_dataset(config))
     rows = [row for row in training.run() if row is not None]
-    again = experiment.build_training(config, experiment.load_dataset(config))
+    again = build.build_training(config, build.load_dataset(config))
     again.load_state_dict(training.state_dict())
     assert training.diverged
     assert len(rows) < 9
@@ -179,38 +181,38 @@ def test_rows_that_are_lost_come_back_from_the_checkpoint(tiny_config, monkeypat
     """As after a power cut: the checkpoint reached the disk, the rows before it did not."""
     config = tiny_config("epochs=4", "checkpoint_seconds=0")
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "save_model", lambda self, state: (_ for _ in ()).throw(SystemExit))
+        patch.setattr(RunDirectory, "save_model", killed)
         with pytest.raises(SystemExit):
             run(config)
-    text = place(config).metrics_path.read_text()
+    text = of(config).metrics_path.read_text()
     lines = text.splitlines(keepends=True)
-    place(config).metrics_path.write_text("".join(lines[:2]) + lines[2][:10])
+    of(config).metrics_path.write_text("".join(lines[:2]) + lines[2][:10])
     monkeypatch.setattr(EagerEngine, "train_steps", None)  # nothing is trained again
     assert run(config)["result"]["epochs"] == 4
     assert "metrics.csv had lost rows; restored from the checkpoint" in caplog.text
-    assert place(config).metrics_path.read_text() == text
+    assert of(config).metrics_path.read_text() == text
 
 
 def test_metrics_that_contradict_the_checkpoint_are_set_aside(tiny_config, monkeypatch, caplog):
     config = tiny_config("epochs=2", "checkpoint_seconds=0")
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "save_model", lambda self, state: (_ for _ in ()).throw(SystemExit))
+        patch.setattr(RunDirectory, "save_model", killed)
         with pytest.raises(SystemExit):
             run(config)
-    text = place(config).metrics_path.read_text()
-    place(config).metrics_path.write_text(text.replace("1,6,", "1,7,"))
+    text = of(config).metrics_path.read_text()
+    of(config).metrics_path.write_text(text.replace("1,6,", "1,7,"))
     run(config)
     assert "differs from its checkpoint; set aside as metrics.csv.set-aside" in caplog.text
-    assert place(config).metrics_path.read_text() == text
+    assert of(config).metrics_path.read_text() == text
 
 
 def test_a_row_after_the_last_checkpoint_is_trained_again_not_repeated(tiny_config, monkeypatch):
     """As after a SIGKILL: rows that no checkpoint covers, the last of them cut in the middle."""
     config = tiny_config("epochs=4", "checkpoint_seconds=0")
     run(tiny_config("epochs=4", "study=whole"))
-    whole = measured(Run(f"{config.outputs}/whole/{run_id(config)}").metrics_path)
+    whole = measured(RunDirectory(config.run_dir.parents[1] / "whole" / config.run_id).metrics_path)
 
-    save = Run.save_checkpoint
+    save = RunDirectory.save_checkpoint
     saved = []
 
     def stop_saving(self, state):
@@ -219,21 +221,21 @@ def test_a_row_after_the_last_checkpoint_is_trained_again_not_repeated(tiny_conf
             saved.append(state["position"]["epoch"])
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "save_checkpoint", stop_saving)
-        patch.setattr(Run, "save_model", lambda self, state: (_ for _ in ()).throw(SystemExit))
+        patch.setattr(RunDirectory, "save_checkpoint", stop_saving)
+        patch.setattr(RunDirectory, "save_model", killed)
         with pytest.raises(SystemExit):
             run(config)
     assert saved[-1] == 1
-    with place(config).metrics_path.open("a") as file:
+    with of(config).metrics_path.open("a") as file:
         file.write("5,30,0.00")
     run(config)
-    assert measured(place(config).metrics_path) == whole
+    assert measured(of(config).metrics_path) == whole
 
 
 def checkpoint_of(config, monkeypatch):
     """Leave the checkpoint of a run that was interrupted after its seventh step."""
     interrupt(config, monkeypatch, 6, signal.SIGINT)
-    return place(config).checkpoint_path
+    return of(config).checkpoint_path
 
 
 DAMAGE = {
@@ -284,8 +286,8 @@ def test_a_checkpoint_that_cannot_be_used_is_said_set_aside_and_not_used(
     assert "resumes after step" not in caplog.text
     assert (path.parent / "checkpoint.pt.set-aside").exists()
     assert not (tmp_path / "sprung").exists()
-    assert measured(place(config).metrics_path) == measured(
-        place(tiny_config("norm=bn", "study=whole")).metrics_path
+    assert measured(of(config).metrics_path) == measured(
+        of(tiny_config("norm=bn", "study=whole")).metrics_path
     )
 
 
@@ -303,7 +305,7 @@ def test_a_checkpoint_of_another_commit_is_used_and_that_is_said(tiny_config, mo
     config = tiny_config()
     path = checkpoint_of(config, monkeypatch)
     state = torch.load(path, weights_only=True)
-    release = runs.versions()["gnbench"].partition("+")[0]
+    release = directory.versions()["gnbench"].partition("+")[0]
     torch.save({**state, "versions": {**state["versions"], "gnbench": f"{release}+gabc"}}, path)
     caplog.set_level("INFO")
     run(config)
@@ -314,26 +316,28 @@ def test_a_checkpoint_of_another_commit_is_used_and_that_is_said(tiny_config, mo
 def test_files_set_aside_are_all_kept(tiny_config):
     config = tiny_config("epochs=1")
     for text in ("first", "second"):
-        place(config).directory.mkdir(parents=True, exist_ok=True)
-        place(config).record_path.write_text(text)
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        of(config).record_path.write_text(text)
         run(config)
-    folder = place(config).directory
+    folder = config.run_dir
     assert (folder / "run.json.set-aside").read_text() == "first"
     assert (folder / "run.json.set-aside-2").read_text() == "second"
 
 
-def test_a_directory_of_another_run_is_refused(tiny_config, tmp_path):
-    run(tiny_config("epochs=1"), tmp_path / "mine")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "mine").iterdir()}
-    with pytest.raises(ConfigError, match=r"mine holds another run \(tiny-.*; choose another"):
-        run(tiny_config("epochs=1", "seed=1"), tmp_path / "mine")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "mine").iterdir()} == before
+def test_a_directory_of_another_run_is_refused(tiny_config):
+    one, other = tiny_config("epochs=1"), tiny_config("epochs=1", "seed=1")
+    run(one)
+    shutil.copytree(one.run_dir, other.run_dir)
+    before = {p.name: p.read_bytes() for p in other.run_dir.iterdir()}
+    with pytest.raises(ConfigError, match=r"holds another run \(tiny-.*; choose another"):
+        run(other)
+    assert {p.name: p.read_bytes() for p in other.run_dir.iterdir()} == before
 
 
 def test_checkpoints_take_a_hundredth_of_the_time_at_most(tiny_config, monkeypatch):
     """On a clock that tells 2 s for every checkpoint and 1 s for every step."""
     clock = [0.0]
-    save, take = Run.save_checkpoint, EagerEngine.train_steps
+    save, take = RunDirectory.save_checkpoint, EagerEngine.train_steps
     saved = []
 
     def slow_save(self, state):
@@ -345,9 +349,9 @@ def test_checkpoints_take_a_hundredth_of_the_time_at_most(tiny_config, monkeypat
         clock[0] += 1
         return take(*arguments)
 
-    monkeypatch.setattr(Run, "save_checkpoint", slow_save)
+    monkeypatch.setattr(RunDirectory, "save_checkpoint", slow_save)
     monkeypatch.setattr(EagerEngine, "train_steps", slow_step)
-    monkeypatch.setattr(execution.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(runner.time, "monotonic", lambda: clock[0])
     run(tiny_config("epochs=70", "checkpoint_seconds=5"))  # 420 steps
     pauses = [after - before - 2 for before, after in itertools.pairwise(saved)]
     assert saved[0] == 6 + 2  # the first, when its cost is not known
@@ -357,9 +361,8 @@ def test_checkpoints_take_a_hundredth_of_the_time_at_most(tiny_config, monkeypat
 
 def test_a_garbage_record_is_set_aside(tiny_config, caplog):
     config = tiny_config("epochs=1")
-    directory = place(config)
-    directory.directory.mkdir(parents=True)
-    directory.record_path.write_text('{"status": "compl')
+    config.run_dir.mkdir(parents=True)
+    of(config).record_path.write_text('{"status": "compl')
     assert run(config)["status"] == "completed"
     assert "set aside as run.json.set-aside" in caplog.text
 
@@ -373,7 +376,7 @@ def test_a_failure_is_recorded_and_raised(tiny_config, monkeypatch):
     monkeypatch.setattr(EagerEngine, "train_steps", fail)
     with pytest.raises(RuntimeError, match="the dog ate it"):
         run(config)
-    record = place(config).record()
+    record = of(config).record()
     assert (record["status"], record["error"]) == ("failed", "RuntimeError: the dog ate it")
 
 
@@ -397,9 +400,9 @@ def test_divergence_is_a_result_of_chance_level(tiny_config):
 
 def test_a_diverged_run_reports_its_last_error_not_the_good_epochs_before():
     rows = [{"test_error": e} for e in (9.0, 8.0, 7.0, 90.0)]
-    assert runs.result(rows, diverged=True)["test_error"] == 90.0
-    assert runs.result(rows, diverged=False)["test_error"] == 8.5
-    assert runs.result([], diverged=False) is None
+    assert directory.result(rows, diverged=True)["test_error"] == 90.0
+    assert directory.result(rows, diverged=False)["test_error"] == 8.5
+    assert directory.result([], diverged=False) is None
 
 
 def test_a_run_killed_between_its_weights_and_its_record_ends_from_its_checkpoint(
@@ -407,33 +410,33 @@ def test_a_run_killed_between_its_weights_and_its_record_ends_from_its_checkpoin
 ):
     config = tiny_config("epochs=3", "checkpoint_seconds=0")
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "save_model", lambda self, state: (_ for _ in ()).throw(SystemExit))
+        patch.setattr(RunDirectory, "save_model", killed)
         with pytest.raises(SystemExit):
             run(config)
-    rows = measured(place(config).metrics_path)
-    assert place(config).record()["status"] == "running"
+    rows = measured(of(config).metrics_path)
+    assert of(config).record()["status"] == "running"
 
     def no_step(*_):
         raise AssertionError("it had been trained")
 
     monkeypatch.setattr(EagerEngine, "train_steps", no_step)
     assert run(config)["status"] == "completed"
-    assert measured(place(config).metrics_path) == rows
-    assert not place(config).checkpoint_path.exists()
+    assert measured(of(config).metrics_path) == rows
+    assert not of(config).checkpoint_path.exists()
 
 
 def test_an_empty_metrics_file_gets_its_header(tiny_config):
     """As after a disk that was full at the first epoch."""
     config = tiny_config("epochs=1")
-    place(config).directory.mkdir(parents=True)
-    place(config).metrics_path.touch()
+    config.run_dir.mkdir(parents=True)
+    of(config).metrics_path.touch()
     assert run(config)["result"]["epochs"] == 1
-    assert len(measured(place(config).metrics_path)) == 2
+    assert len(measured(of(config).metrics_path)) == 2
 
 
 def test_two_processes_do_not_train_the_same_run(tiny_config):
     config = tiny_config()
-    with place(config).locked():
+    with of(config).locked():
         outcome = []
 
         def second():

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from gnbench.build import base_lr, compose
+from gnbench.build import base_lr
+from gnbench.check import compose
 from gnbench.schedules import constant, cosine, multistep
 
 

@@ -17,6 +17,7 @@ from tests import tiny
 from tests.conftest import environment, measured, started
 from tests.slurm_cluster import UnavailableError, cluster
 
+pytestmark = pytest.mark.slow
 LONG = ("-m", *tiny.OVERRIDES, "epochs=100")  # long enough to be caught in the middle
 SLURM = (
     "hydra/launcher=submitit_slurm",

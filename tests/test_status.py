@@ -13,41 +13,42 @@ from pathlib import Path
 
 import pytest
 
-from gnbench import cli
-from gnbench.runs import lock as presence
-from gnbench.runs.directory import Run
-from gnbench.runs.lock import LockedError, Sign
+from gnbench.errors import AT_WORK, DONE, FAILED, LockedError
+from gnbench.runs import lock
+from gnbench.runs.directory import RunDirectory
+from gnbench.runs.lock import Beat, read_heartbeat
 from gnbench.runs.runner import run
-from gnbench.sweep import state as grid
+from gnbench.sweep.plan import known_cells, read_plans, write_plan
+from gnbench.sweep.state import RunState, exit_code
 from gnbench.train import devices
-from tests import faults, tiny
+from tests import tiny
+from tests.conftest import started
 
 
-def sign(**changes):
-    host = Sign("node7", "another boot", 4711, "2026-11-23T08:00:00+00:00", time.time(), 30, 120)
+def beat(**changes):
+    host = Beat("node7", "another boot", 4711, "2026-11-23T08:00:00+00:00", time.time(), 30, 120)
     return replace(host, **changes)
 
 
-def leave(directory, left):
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "sign").write_text(json.dumps(asdict(left)))
-    (directory / "sign").replace(directory / presence.SIGN)
+def leave(run_dir, left):
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "left").write_text(json.dumps(asdict(left)))
+    (run_dir / "left").replace(run_dir / lock.HEARTBEAT)
 
 
-def test_a_run_gives_signs_of_life_and_none_when_it_is_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(presence, "BEAT_SECONDS", 0.01)
-    with Run(tmp_path / "run").locked() as held:
-        first = presence.read_sign(tmp_path / "run")
+def test_a_run_has_a_heartbeat_and_none_when_it_is_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
+    with RunDirectory(tmp_path / "run").locked() as heartbeat:
+        first = read_heartbeat(tmp_path / "run")
         assert (first.pid, first.host) == (os.getpid(), socket.gethostname())
         assert first.is_fresh()
-        held.step, held.total_steps = 5, 10
-        until = time.monotonic() + 10
-        while presence.read_sign(tmp_path / "run").step != 5 and time.monotonic() < until:
+        heartbeat.step, heartbeat.total_steps = 5, 10
+        until = time.monotonic() + 60
+        while (latest := read_heartbeat(tmp_path / "run")).step != 5 and time.monotonic() < until:
             time.sleep(0.01)
-        latest = presence.read_sign(tmp_path / "run")
         assert (latest.step, latest.total_steps) == (5, 10)
         assert latest.beat > first.beat
-    assert presence.read_sign(tmp_path / "run") is None
+    assert read_heartbeat(tmp_path / "run") is None
 
 
 @pytest.mark.parametrize(
@@ -55,108 +56,97 @@ def test_a_run_gives_signs_of_life_and_none_when_it_is_over(tmp_path, monkeypatc
     [
         ({}, True),  # of another machine, where a pid says nothing
         ({"beat": time.time() - 3600}, False),
-        ({"machine": presence._machine(), "pid": os.getpid()}, True),
-        ({"machine": presence._machine(), "pid": 2**22 + 1}, False),  # there is no such process
-        ({"machine": presence._machine(), "pid": 1}, True),  # another user's, perhaps
+        ({"machine": lock._machine(), "pid": os.getpid()}, True),
+        ({"machine": lock._machine(), "pid": 2**22 + 1}, False),  # there is no such process
+        ({"machine": lock._machine(), "pid": 1}, True),  # another user's, perhaps
     ],
 )
-def test_a_sign_is_fresh_while_its_process_can_be_alive(changes, fresh):
-    assert sign(**changes).is_fresh() is fresh
+def test_a_heartbeat_is_fresh_while_its_process_can_be_alive(changes, fresh):
+    assert beat(**{"beat": time.time(), **changes}).is_fresh() is fresh
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc on this system")
 def test_a_killed_process_that_nobody_has_waited_for_is_dead():
     with subprocess.Popen([sys.executable, "-c", "print()"], stdout=subprocess.PIPE) as child:
         child.stdout.read()
-        until = time.monotonic() + 10
-        left = sign(machine=presence._machine(), pid=child.pid)
+        until = time.monotonic() + 60
+        left = beat(machine=lock._machine(), pid=child.pid)
         while left.is_fresh() and time.monotonic() < until:
             time.sleep(0.01)
         assert child.returncode is None  # the system still knows its pid
         assert not left.is_fresh()
 
 
-def test_a_free_lock_is_not_taken_from_a_holder_on_another_machine(tmp_path, monkeypatch):
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_free_lock_is_not_taken_from_a_holder_on_another_machine(tmp_path, monkeypatch, waits):
     """As on a network file system that keeps locks to one machine."""
-    monkeypatch.setattr(presence, "BEAT_SECONDS", 0.1)
-    directory = tmp_path / "run"
-    leave(directory, sign())
-    over = threading.Event()
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.1)
+    run_dir, over, ended = tmp_path / "run", threading.Event(), []
+    leave(run_dir, beat())
 
     def live():
-        while not over.wait(0.1):
-            leave(directory, sign(beat=time.time(), step=31))
+        for step in range(6 if waits else 10_000):
+            if over.wait(0.1):
+                return
+            leave(run_dir, beat(step=step))
+        ended.append(time.monotonic())
+        (run_dir / lock.HEARTBEAT).unlink()
 
     other = threading.Thread(target=live)
     other.start()
     try:
-        with (
-            pytest.raises(LockedError, match="is being trained by process 4711 on node7 since"),
-            Run(directory).locked(),
-        ):
-            pass
+        if waits:
+            with RunDirectory(run_dir).locked(wait=True):
+                assert time.monotonic() >= ended[0]
+        else:
+            said = "is being trained by process 4711 on node7 since"
+            with pytest.raises(LockedError, match=said), RunDirectory(run_dir).locked():
+                pass
     finally:
         over.set()
         other.join()
-    # It is silent now, and so taken for dead.
-    with Run(directory).locked():
-        assert presence.read_sign(directory).pid == os.getpid()
-
-
-def test_waiting_for_a_holder_on_another_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(presence, "BEAT_SECONDS", 0.1)
-    directory = tmp_path / "run"
-    leave(directory, sign())
-    seen = []
-
-    def live():
-        for step in range(6):
-            time.sleep(0.1)
-            leave(directory, sign(beat=time.time(), step=step))
-        seen.append(time.monotonic())
-        (directory / presence.SIGN).unlink()
-
-    other = threading.Thread(target=live)
-    other.start()
-    with Run(directory).locked(wait=True):
-        assert seen
-        assert time.monotonic() >= seen[0]
-    other.join()
+    with RunDirectory(run_dir).locked():  # it is silent now, and so taken for dead
+        assert read_heartbeat(run_dir).pid == os.getpid()
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"host": 1}', "\x00\xff"])
-def test_a_damaged_sign_is_none(tmp_path, text):
-    (tmp_path / presence.SIGN).write_text(text)
-    assert presence.read_sign(tmp_path) is None
+def test_a_damaged_heartbeat_is_none(tmp_path, text):
+    (tmp_path / lock.HEARTBEAT).write_text(text)
+    assert read_heartbeat(tmp_path) is None
 
 
 @pytest.fixture
 def study(tmp_path, tiny_config):
     """A study with a cell in every state."""
-    for seed in range(7):
-        run(tiny_config("epochs=1", "study=grid", f"seed={seed}"))
+    config = tiny_config("epochs=1", "study=grid")
+    record = run(config)
+    for seed in range(1, 7):
+        directory = RunDirectory(config.with_(seed=seed).run_dir)
+        directory.path.mkdir()
+        directory.write_record({**record, "config": {**record["config"], "seed": seed}})
     folder = tmp_path / "outputs" / "grid"
-    cells = {cell.seed: cell for cell in grid.cells(folder).values()}
+    cells = {cell.seed: cell for cell in known_cells(folder).values()}
 
     def change(seed, left=None, **values):
-        place = Run(cells[seed].directory)
-        place.write_record({**place.record(), "result": None, **values})
+        directory = RunDirectory(cells[seed].run_dir)
+        directory.write_record({**directory.record(), "result": None, **values})
         if left is not None:
-            leave(place.directory, left)
+            leave(directory.path, left)
 
-    change(1, sign(), status="running")
-    change(2, sign(beat=time.time() - 3600), status="running")
+    change(1, beat(), status="running")
+    change(2, beat(beat=time.time() - 3600), status="running")
     change(3, status="failed", error="RuntimeError: the dog ate it\nTraceback")
     change(4, status="out_of_memory", error="16 GiB")
     change(5, status="interrupted")
-    Run(cells[6].directory).record_path.write_text("{")
-    absent = [replace(cells[0], run_id="tiny-absent", seed=8)]
-    grid.write_plan(folder, [*cells.values(), *absent])
+    RunDirectory(cells[6].run_dir).record_path.write_text("{")
+    absent = replace(cells[0], run_id="tiny-absent", run_dir=folder / "tiny-absent", seed=8)
+    write_plan([*cells.values(), absent])
     return folder
 
 
 def test_status_tells_where_every_cell_stands(study, cli):
-    done = cli("study=grid", f"outputs={study.parent}", module="gnbench.status", check=3)
+    ascii = {"PYTHONIOENCODING": "ascii"}  # a console that has no –
+    done = cli("study=grid", f"outputs={study.parent}", module="gnbench.status", env=ascii, check=3)
     assert done.stderr == ""
     head, _, title, sizes, row, _, *table = done.stdout.rstrip().splitlines()
     assert head.startswith("study grid: 8 cells: 1 completed, ")
@@ -168,7 +158,7 @@ def test_status_tells_where_every_cell_stands(study, cli):
     assert row.split() == ["gn", "1/8>!"]
     said = "\n".join(table)
     assert "step 30 of 120 (25%), process 4711 on node7 since 2026-11-23T08:00:00" in said
-    assert "last sign of life 0 s ago" in said or "last sign of life 1 s ago" in said
+    assert "last heartbeat " in said
     assert "process 4711 on node7 since 2026-11-23T08:00:00+00:00 died; the same command" in said
     assert "RuntimeError: the dog ate it" in said
     assert "Traceback" not in said
@@ -179,61 +169,64 @@ def test_status_tells_where_every_cell_stands(study, cli):
     ]  # fmt: skip
 
 
-def test_status_exit_codes(study, cli, tiny_config):
-    def status():
-        return cli(f"outputs={study.parent}", module="gnbench.status").returncode
+def test_status_exit_codes(study, cli):
+    def status(*more):
+        return cli(f"outputs={study.parent}", *more, module="gnbench.status").returncode
 
-    assert status() == 3  # somebody is at work
-    for path in study.glob(f"*/{presence.SIGN}"):
+    for path in study.glob(f"*/{lock.HEARTBEAT}"):
         path.unlink()
-    assert status() == 1  # nobody is, and some cells have no result
-    for path in study.glob("sweep-*.json"):
+    assert status() == 1  # nobody is at work, and some cells have no result
+    for path in (*study.glob("sweep-*.json"), *study.glob("*-seed[1-6]-*/run.json")):
         path.unlink()
-    for seed in range(7):
-        run(tiny_config("epochs=1", "study=grid", f"seed={seed}"))
     assert status() == 0
-    assert cli("study=nope", f"outputs={study.parent}", module="gnbench.status").returncode == 2
+    assert status("study=nope") == 2
 
 
+def test_a_run_whose_norm_has_no_proper_name_is_shown(tmp_path, tiny_config):
+    """Trained before such names were refused: YAML takes on for true."""
+    run(tiny_config("epochs=1"))
+    [directory] = map(RunDirectory, tmp_path.glob("outputs/default/*"))
+    record = directory.record()
+    record["config"]["norm"]["name"] = True
+    other = RunDirectory(directory.path.with_name("tiny-simplenetv2-True-bs8-seed0-12345678"))
+    other.path.mkdir()
+    other.write_record(record)
+    cells = known_cells(directory.path.parent)
+    assert [cell.norm for cell in cells.values()] == ["True", "gn"]
+    write_plan(list(cells.values()))
+    assert {cell.norm for cell in read_plans(directory.path.parent)} == {"True", "gn"}
+
+
+@pytest.mark.slow
 def test_status_of_a_sweep_under_way(tmp_path, cli):
     """Seen from another process, then after a SIGKILL, then at the end."""
-    sweep = ("-m", *tiny.OVERRIDES, "norm=bn,gn", "epochs=400", "dataset.augmentation=none")
-    process = faults.start(sweep, tmp_path)
-    end = time.monotonic() + 120
-    while not list(tmp_path.rglob("metrics.csv")):
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    done = cli(module="gnbench.status", check=3)
-    assert f"process {process.pid} on {socket.gethostname()}" in done.stdout
-    assert done.stdout.startswith("study default: 2 cells: 1 running, 1 missing")
-    process.kill()
-    process.join()
+    sweep = ("-m", *tiny.OVERRIDES, "norm=bn,gn", "epochs=4000", "dataset.augmentation=none")
+    process = started(tmp_path, "gnbench", *sweep)
+    try:
+        end = time.monotonic() + 300
+        while not list(tmp_path.rglob("metrics.csv")):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        done = cli(module="gnbench.status", check=3)
+        assert f"process {process.pid} on {socket.gethostname()}" in done.stdout
+        assert done.stdout.startswith("study default: 2 cells: 1 running, 1 missing")
+    finally:
+        process.kill()
+        process.communicate()
     done = cli(module="gnbench.status", check=1)
     assert done.stdout.startswith("study default: 2 cells: 1 missing, 1 stale")
     assert f"process {process.pid} on {socket.gethostname()}" in done.stdout
     assert not list(tmp_path.rglob("figure.*"))  # it only looks
 
 
-def test_status_imports_nothing_heavy(study):
-    script = (
-        "import sys\n"
-        "from gnbench import status\n"
-        f"sys.argv = ['status', 'outputs={study.parent}']\n"
-        "try: status.main()\n"
-        "except SystemExit: pass\n"
-        "assert not {'torch', 'pandas', 'matplotlib'} & set(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
-
-
 def test_exit_codes_follow_from_where_the_cells_stand():
     def code(*states):
-        return grid.exit_code([grid.Standing("", state) for state in states])
+        return exit_code([RunState(Path(), state) for state in states])
 
-    assert code("completed", "diverged") == cli.DONE
-    assert code("completed", "running", "failed") == cli.AT_WORK
+    assert code("completed", "diverged") == DONE
+    assert code("completed", "running", "failed") == AT_WORK
     for state in ("failed", "interrupted", "stale", "missing", "damaged", "out_of_memory"):
-        assert code("completed", state) == cli.FAILED
+        assert code("completed", state) == FAILED
 
 
 def test_runs_spread_over_the_gpus_of_a_machine(monkeypatch, tmp_path):

@@ -1,6 +1,142 @@
 """``python -m gnbench.aggregate``: run directories → tables, figure and curves."""
 
-from gnbench.aggregate.study import main
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import hydra
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+from tabulate import tabulate
+
+from gnbench import cli, files
+from gnbench.aggregate.statistics import differing, settings_of, summarize
+from gnbench.aggregate.study import Study, published, read_metrics, read_study, short_metrics
+from gnbench.config import Folder, Settings, conf_dir
+from gnbench.config import Study as StudyName
+from gnbench.sweep.plan import find_studies
+
+
+class FigureConfig(Settings):
+    """How the figure is drawn."""
+
+    order: Literal["ascending", "descending"]
+    baseline: str | None
+    reference: str | None
+
+
+class AggregateConfig(Settings):
+    """What ``conf/aggregate.yaml`` holds."""
+
+    outputs: Folder
+    study: StudyName | None
+    figure: FigureConfig
+
+
+def write_studies(
+    outputs: str | Path = "outputs", study: str | None = None, **figure: Any
+) -> list[Study]:
+    """Write tables and figures of one study, or of every one, beside its runs; print the account.
+
+    ``figure`` are settings of the group of that name in ``conf/aggregate.yaml``.
+
+    Raises:
+        ConfigError: before anything is written.
+        WriteError: if a study cannot be written.
+    """
+    defaults: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "aggregate.yaml"))
+    given = {"outputs": str(outputs), "study": study, "figure": defaults["figure"] | figure}
+    return aggregate(AggregateConfig.parse(given))
+
+
+def aggregate(config: AggregateConfig) -> list[Study]:
+    """Do what `write_studies` says, as configured."""
+    look = config.figure
+    values = None if look.reference is None else published(look.reference)
+    studies = [read_study(path) for path in find_studies(config.outputs, config.study)]
+    from gnbench.aggregate import figure  # imports matplotlib: not for --help
+
+    for study in studies:
+        if values is not None and study.runs.merge(values, on=["dataset", "model"]).empty:
+            problem = f"figure.reference={look.reference}: no values for these networks"
+            study.problems.append(problem)
+        summary, metrics = summarize(study.runs), read_metrics(study.runs)
+        study.notes += short_metrics(study.finished, metrics)
+        for name, table in (("results.csv", study.runs), ("summary.csv", summary)):
+            files.replace(study.path / name, table.to_csv(index=False).encode(errors="replace"))
+        if not summary.empty:
+            errors = figure.draw_errors(summary, study.finished, look.order, look.baseline, values)
+            for suffix in ("png", "svg", "pdf"):
+                figure.save(errors, study.path / f"figure.{suffix}")
+        if not metrics.empty:
+            settings = differing(study.runs)
+            metrics = metrics.merge(study.runs[["run_id", *settings]], on="run_id")
+            curves = figure.draw_curves(metrics, settings, look.order)
+            figure.save(curves, study.path / "curves.png")
+        print(describe(study, summary, look.order))
+    return studies
+
+
+def describe(study: Study, summary: pd.DataFrame, order: str) -> str:
+    """Put a study into words: a table for every dataset and model, then what is not in it."""
+    parts = [f"study {study.path.name}: {len(study.finished)} finished runs in {study.path}"]
+    for (dataset, model), rows in summary.groupby(["dataset", "model"]):
+        title = f"{dataset}, {model}: test error in %, mean ± half its 95 % interval (seeds)"
+        parts.append(f"{title}\n{_table(rows, settings_of(summary), order)}")
+    unfinished = study.unfinished[["status", "run_id", "error"]].fillna("")
+    unfinished["error"] = unfinished["error"].map(lambda error: error.partition("\n")[0])
+    table = tabulate(unfinished.to_numpy().tolist(), (), "plain", disable_numparse=True)
+    lists = {
+        "not finished": table.splitlines(),
+        "missing": study.missing,
+        "left out": study.problems,
+        "note": study.notes,
+    }
+    parts += ["\n  ".join([f"{title}:", *lines]) for title, lines in lists.items() if lines]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: pd.DataFrame, settings: Sequence[str], order: str) -> str:
+    """Return the errors of a dataset and model: a row a line of the figure, a column a size."""
+    from gnbench.aggregate.figure import line_label, sort_norms  # matplotlib: not for --help
+
+    lines: dict[str, dict[int, str]] = {}
+    for _, row in sort_norms(rows).iterrows():
+        text = f"{row['test_error_mean']:.2f}"
+        if row["n_seeds"] > 1:
+            text += f" ± {row['ci_high'] - row['test_error_mean']:.2f}"
+        text += f" ({row['n_seeds']})"
+        if row["n_diverged"]:
+            text += f" {row['n_diverged']} diverged"
+        lines.setdefault(line_label(row, settings), {})[row["batch_size"]] = text
+    sizes = sorted(rows["batch_size"].unique(), reverse=order == "descending")
+    return tabulate(
+        [[label, *(texts.get(size, "–") for size in sizes)] for label, texts in lines.items()],
+        ["batch size", *map(str, sizes)],
+        "plain",
+        colalign=["left", *["right"] * len(sizes)],
+        disable_numparse=True,
+    )
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="aggregate")
+def app(config: DictConfig) -> None:
+    """Aggregate as ``conf/aggregate.yaml`` says."""
+    try:
+        settings = AggregateConfig.parse(config)
+        cli.composed()
+        aggregate(settings)
+    except Exception as error:
+        raise SystemExit(cli.report(error)) from error
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 failed, 2 bad input."""
+    sys.exit(cli.call(app))
+
 
 if __name__ == "__main__":
     main()

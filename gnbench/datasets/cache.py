@@ -1,20 +1,97 @@
-"""One verified file a dataset: written atomically, checked by SHA-256 at every read."""
+"""One file for each dataset, checked by SHA-256 at every read, from the first source that works."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
+
+from gnbench import files
+from gnbench.errors import DamagedError, DataError, WriteError
+
+log = logging.getLogger(__name__)
 
 Arrays = dict[str, npt.NDArray[np.uint8]]  # train_images, train_labels, test_images, test_labels
+Source = Callable[[Path, Path], Arrays]  # of the data root, and of a working folder that vanishes
+
+_unavailable: dict[Path, str] = {}  # the message, for the next run of a sweep
 
 
-class DamagedError(ValueError):
-    """Arrays that are not what their checksums say they are."""
+@dataclass(frozen=True)
+class Known:
+    """What is known of a dataset: the SHA-256 of its arrays, and where they are to be had."""
+
+    name: str
+    checksums: Mapping[str, str]
+    sources: Sequence[tuple[str, Source]]
+    by_hand: str  # what a person can do who has none of them; {root} is put in
+
+
+def load(known: Known, root: Path) -> Arrays:
+    """Return the arrays of a dataset and keep them in ``root`` as ``<name>.npz``.
+
+    Raises:
+        DataError: if ``root`` cannot be used or no source has it.
+    """
+    name, folder = known.name, root.expanduser()
+    path = folder / f"{name}.npz"
+    user = os.geteuid() if os.name == "posix" else 0
+    try:
+        with contextlib.suppress(FileNotFoundError, DamagedError):
+            return read(path, known.checksums)  # no lock: the folder may be read-only
+        folder.mkdir(parents=True, exist_ok=True)
+        # Of the runs of a user one fetches. A lock of another user might not be ours to open; both
+        # may fetch, since whole files only are put in place.
+        with FileLock(folder / f".{name}.{user}.lock"):
+            try:
+                return read(path, known.checksums)
+            except FileNotFoundError:
+                log.info("%s: not yet in %s", name, folder)
+            except DamagedError as error:
+                aside = path.replace(f"{path}.damaged")
+                log.warning("%s: %s is damaged: %s; set aside as %s", name, path, error, aside.name)
+            _sweep_up(folder, name, user)
+            arrays = _fetch(known, path)
+            try:
+                files.replace(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+                log.info("%s: verified and cached as %s", name, path)
+            except WriteError as error:
+                log.warning("%s: not cached, to be fetched again: %s", name, error.__cause__)
+            return arrays
+    except DataError:
+        raise
+    except (OSError, NotImplementedError) as error:  # the latter where a disk has no locks
+        raise DataError(
+            f"dataset.root={root} cannot be used: {error}; choose a folder that you can read and "
+            "write with dataset.root=DIR or the environment variable GNBENCH_DATA"
+        ) from error
+
+
+def read(path: Path, checksums: Mapping[str, str]) -> Arrays:
+    """Read and verify a file of `load`; nothing in it is unpickled.
+
+    Raises:
+        OSError: if it cannot be opened.
+        DamagedError: if it cannot be read or does not match ``checksums``.
+    """
+    with path.open("rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+        except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
+            raise DamagedError(f"{path.name} cannot be read ({error})") from error
+    verify(arrays, checksums)
+    return arrays
 
 
 def verify(arrays: Mapping[str, npt.NDArray[np.uint8]], checksums: Mapping[str, str]) -> None:
@@ -34,32 +111,28 @@ def verify(arrays: Mapping[str, npt.NDArray[np.uint8]], checksums: Mapping[str, 
             raise DamagedError(f"{name} has SHA-256 {found[:12]}…, not {expected[:12]}…")
 
 
-def read(path: Path, checksums: Mapping[str, str]) -> Arrays:
-    """Read and verify a file of `write`; nothing in it is unpickled.
+def _fetch(known: Known, path: Path) -> Arrays:
+    """Return what the first source that works has; once none did, only the first is tried again."""
+    name, failures = known.name, []
+    for label, source in known.sources[: 1 if path in _unavailable else None]:
+        log.info("%s: trying %s", name, label)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=path.parent) as work:
+            try:
+                arrays = source(path.parent, Path(work))
+                verify(arrays, known.checksums)
+                return arrays
+            except Exception as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                log.info("%s: %s: %s", name, label, reason)
+                failures.append(f"{label} ({reason})")
+    by_hand = known.by_hand.format(root=path.parent)
+    message = f"{name} is not to be had here. Tried: {'; '.join(failures)}. By hand: {by_hand}"
+    raise DataError(_unavailable.setdefault(path, message))
 
-    Raises:
-        FileNotFoundError: if there is none.
-        DamagedError: if it cannot be read or does not match ``checksums``.
-    """
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
-        raise DamagedError(f"{path.name} cannot be read ({error})") from error
-    verify(arrays, checksums)
-    return arrays
 
-
-def write(path: Path, arrays: Arrays) -> None:
-    """Write ``arrays`` beside ``path`` and rename: a reader sees the old file or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _sweep_up(folder: Path, name: str, user: int) -> None:
+    """Remove what a process of ``user`` that was killed while fetching or writing left behind."""
+    for path in [*folder.glob(f".{name}-*/"), *folder.glob(f".{name}.npz.*")]:
+        with contextlib.suppress(OSError):
+            if path.stat().st_uid == user:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

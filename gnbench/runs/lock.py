@@ -1,4 +1,4 @@
-"""Who is at work on a run: the one process that holds its lock, and its signs of life."""
+"""Who is at work on a run: the one process that holds its lock, and its heartbeat."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from gnbench import files
+from gnbench.errors import LockedError
+
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 10.0
-# Without a sign for so long a run counts as dead. Clocks of machines that share a folder must not
-# differ by more than that.
+# Without a heartbeat for so long a run counts as dead. The clocks of machines that share a folder
+# must not differ by more than that.
 SILENCE_SECONDS = 60.0
 EXITING = 0x4  # Linux's PF_EXITING, in the flags of /proc/<pid>/stat
-LOCK, SIGN = ".lock", ".alive"
-
-
-class LockedError(OSError):
-    """Another process is at work on this run; the message says which."""
+LOCK, HEARTBEAT = ".lock", ".alive"
 
 
 @dataclass(frozen=True)
-class Sign:
-    """The last sign of life of the process that holds a run.
+class Beat:
+    """The last heartbeat of the process that holds a run.
 
-    ``pid`` means something on ``machine`` only (a boot and a process namespace); ``beat`` is the
-    time of the sign in seconds since 1970; ``step`` of ``total_steps`` were taken by then.
+    ``pid`` means something on ``machine`` only (a boot and a process namespace); ``beat`` is its
+    time in seconds since 1970; ``step`` of ``total_steps`` were taken by then.
     """
 
     host: str
@@ -56,25 +55,25 @@ class Sign:
         return self.machine != _machine() or _exists(self.pid)
 
 
-class Presence:
+class Heartbeat:
     """What the holder of a run shows the world: keep ``step`` and ``total_steps`` up to date."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, run_dir: Path) -> None:
         self.step = 0
         self.total_steps = 0
-        self._path = directory / SIGN
+        self._path = run_dir / HEARTBEAT
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        self._sign = Sign(socket.gethostname(), _machine(), os.getpid(), since, time.time())
+        self._first = Beat(socket.gethostname(), _machine(), os.getpid(), since, time.time())
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat_on, name="gnbench-alive", daemon=True)
 
     def begin(self) -> None:
-        """Give the first sign, and go on until `end`."""
+        """Beat for the first time, and go on until `end`."""
         self._beat()
         self._thread.start()
 
     def end(self) -> None:
-        """Fall silent."""
+        """Stop; nobody holds the run any more."""
         self._ended.set()
         self._thread.join()
         with suppress(OSError):
@@ -85,75 +84,74 @@ class Presence:
             self._beat()
 
     def _beat(self) -> None:
-        sign = replace(self._sign, beat=time.time(), step=self.step, total_steps=self.total_steps)
-        partial = self._path.with_name(f"{SIGN}.partial")
+        beat = replace(self._first, beat=time.time(), step=self.step, total_steps=self.total_steps)
         with suppress(OSError):  # a full disk: what matters will say so
-            partial.write_text(json.dumps(asdict(sign)))
-            partial.replace(self._path)
+            files.replace(self._path, json.dumps(asdict(beat)).encode())
 
 
 @contextmanager
-def hold(directory: Path, wait: bool = False) -> Iterator[Presence]:
-    """Hold the lock of a run and give signs of life.
+def hold(run_dir: Path, wait: bool = False) -> Iterator[Heartbeat]:
+    """Hold the lock of a run and keep its heartbeat.
+
+    The lock frees itself at once when its process dies, which a lease in a file would not; the
+    heartbeat is for other machines, which may not see the lock, and tells how far the run is.
 
     Raises:
         LockedError: at once, if another process holds it and ``wait`` is false.
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(directory / LOCK)
+    lock = FileLock(run_dir / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        message = f"{directory} is being trained by {read_sign(directory) or 'another process'}"
+        message = f"{run_dir} is being trained by {read_heartbeat(run_dir) or 'another process'}"
         if not wait:
             raise LockedError(f"{message}; wait=true waits for it") from None
         log.info("%s; waiting for it", message)
         lock.acquire()
     try:
-        _outlast(directory, wait)
-        presence = Presence(directory)
-        presence.begin()
+        _listen_for_others(run_dir, wait)
+        heartbeat = Heartbeat(run_dir)
+        heartbeat.begin()
         try:
-            yield presence
+            yield heartbeat
         finally:
-            presence.end()
+            heartbeat.end()
     finally:
         lock.release()
 
 
-def read_sign(directory: Path) -> Sign | None:
-    """Return the last sign of life of a run's holder, or None if it has none (any more)."""
+def read_heartbeat(run_dir: Path) -> Beat | None:
+    """Return the last heartbeat of a run's holder, or None if it has none (any more)."""
     try:
-        entries: dict[str, Any] = json.loads((directory / SIGN).read_bytes())
-        sign = Sign(**entries)
-        return sign if isinstance(sign.pid, int) and isinstance(sign.beat, int | float) else None
+        entries: dict[str, Any] = json.loads((run_dir / HEARTBEAT).read_bytes())
+        beat = Beat(**entries)
+        return beat if isinstance(beat.pid, int) and isinstance(beat.beat, int | float) else None
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _outlast(directory: Path, wait: bool) -> None:
+def _listen_for_others(run_dir: Path, wait: bool) -> None:
     """Make sure that nobody on another machine holds the run although its lock was free.
 
-    Network file systems may keep locks to one machine. A sign that goes on changing is a holder;
-    one that does not was left by a process that died.
+    Network file systems may keep locks to one machine. A heartbeat that goes on changing has a
+    holder; one that does not was left by a process that died.
     """
-    sign = read_sign(directory)
-    if sign is None or sign.machine == _machine() or not sign.is_fresh():
+    heard = read_heartbeat(run_dir)
+    if heard is None or heard.machine == _machine() or not heard.is_fresh():
         return
-    log.info("%s: %s may still be at work; listening for it", directory, sign)
+    log.info("%s: %s may still be at work; listening for it", run_dir, heard)
     silent_since = time.monotonic()
     while time.monotonic() - silent_since < 2.5 * BEAT_SECONDS:
         time.sleep(BEAT_SECONDS / 10)
-        latest = read_sign(directory)
+        latest = read_heartbeat(run_dir)
         if latest is None:
             return
-        if latest != sign:
+        if latest != heard:
             if not wait:
-                raise LockedError(
-                    f"{directory} is being trained by {latest}; wait=true waits for it"
-                )
-            sign, silent_since = latest, time.monotonic()
+                raise LockedError(f"{run_dir} is being trained by {latest}; wait=true waits for it")
+            heard, silent_since = latest, time.monotonic()
 
 
 @functools.cache

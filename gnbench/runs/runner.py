@@ -1,159 +1,151 @@
-"""Runs from directory to record: lock, resume, train, show progress, heed signals."""
+"""Runs from directory to record: lock, resume, train, save, close."""
 
 from __future__ import annotations
 
 import functools
 import gc
 import logging
-import math
-import sys
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from contextvars import ContextVar, copy_context
-from dataclasses import asdict
-from pathlib import Path
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
-from gnbench.build import (
-    build_training,
-    check_run,
-    draws_random_numbers,
-    load_dataset,
-    must_drop_last,
-    pack_for,
-)
-from gnbench.config import ConfigError, digest, run_id
+from gnbench import build
+from gnbench.check import check, check_machine
+from gnbench.config import RunConfig, run_id
 from gnbench.datasets import Dataset
+from gnbench.errors import ConfigError, DamagedError, Interrupted, LockedError, WriteError
+from gnbench.norms import imprecise_statistics
 from gnbench.runs import directory as runs
 from gnbench.runs import signals
-from gnbench.runs.lock import LockedError, Presence
-from gnbench.runs.signals import Interrupted
+from gnbench.runs.directory import RunDirectory
+from gnbench.runs.lock import Heartbeat
+from gnbench.runs.progress import Progress, console, duration, run_log
 from gnbench.train import devices, distributed
-from gnbench.train.cuda_graphs import MOST_BRANCHES, Pack
-from gnbench.train.distributed import Crew
-from gnbench.train.loop import Row, Training
+from gnbench.train.distributed import ProcessGroup
+from gnbench.train.loop import Training
+from gnbench.train.replicas import MOST_REPLICAS, ReplicaGroup
+from gnbench.train.row import Row
 
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]  # what run.json says
-Work = Generator[int, None, Record]
+Work = Generator[int, None, Record]  # yields the steps taken so far, returns the record
 
 NOT_BEGUN = -1  # for a number of steps
 CHECKPOINT_FORMAT = 1
 CHECKPOINT_SHARE = 0.01  # of the time may go into checkpoints
 
-_at_work: ContextVar[runs.Run | None] = ContextVar("_at_work", default=None)
+
+@dataclass(frozen=True)
+class Shared:
+    """What the runs that are trained together share; ``replicas`` replays their steps."""
+
+    device: torch.device
+    load: Callable[[], Dataset]  # onto the device, once
+    stop: signals.Stop
+    replicas: ReplicaGroup | None
 
 
-def run(config: DictConfig, directory: str | Path | None = None) -> Record:
+def run(config: RunConfig) -> Record:
     """Carry out the run that ``config`` describes and return its record (``run.json``).
 
-    A complete run is returned as it is unless ``rerun``; an interrupted one resumes. ``directory``
-    defaults to ``<outputs>/<study>/<run id>``. Under torchrun every process calls this; the first
-    one alone reads and writes the directory.
+    A complete run is returned as it is unless ``rerun``; an interrupted one resumes. Under torchrun
+    every process calls this; the first one alone reads and writes the run directory.
 
     Raises:
         ConfigError: before anything is written.
-        DataError: if the dataset is not to be had.
+        DataError: if the dataset is not to be had, likewise.
         LockedError: if another process is at work on the run, unless ``wait``.
         WriteError: if the directory cannot be written.
         Interrupted: after SIGINT or SIGTERM, with a checkpoint saved.
     """
-    check_run(config)
     if config.replicas > 1:
         raise ConfigError(
-            f"replicas={config.replicas}: this is one run; carry out each of gnbench.replicas(…)"
+            f"replicas={config.replicas}: this is one run; carry out each of config.runs()"
         )
-    if directory is None:
-        directory = Path(config.outputs) / config.study / run_id(config)
-    [(_, outcome)] = run_all([(config, directory)])
+    [(_, outcome)] = run_all([config])
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
 
-def run_all(
-    members: Sequence[tuple[DictConfig, str | Path]],
-) -> Iterator[tuple[int, Record | Exception]]:
-    """Carry out checked runs that differ in their seeds; yield number and record as each ends.
+def run_all(configs: Sequence[RunConfig]) -> Iterator[tuple[int, Record | Exception]]:
+    """Carry out runs that differ in their seeds alone; yield number and record as each ends.
 
     In place of a record, the error that ended a run, with those that `run` raises. Where steps are
-    replayed as graphs up to `MOST_BRANCHES` go side by side, as long as none draws random numbers:
-    the generator of those is but one. One that has no room beside the others, or has to wait for
-    another process, comes after them. Elsewhere one follows the other.
+    replayed as graphs up to `MOST_REPLICAS` go side by side, as long as none draws random numbers:
+    torch has but one generator. One that has no room beside the others, or has to wait for another
+    process, comes after them. Elsewhere one follows the other.
 
     Raises:
-        ConfigError: if the machine has no such device.
+        ConfigError: if they cannot be trained, or not on this machine.
         Interrupted: after SIGINT or SIGTERM, with checkpoints saved.
     """
+    first = configs[0]
+    check(first)
+    check_machine(first)
     devices.flush_denormals()  # before torch starts threads
-    config = members[0][0]
     with (
         signals.heeded() as stop,
-        devices.claimed(config.device) as device,
-        _talking(),
-        _lines_above_the_bars() if _shows_bars(config) else nullcontext(),
+        devices.claimed(first.device) as device,
+        console(first),
     ):
-        pack = pack_for(config, device) if len(members) > 1 else None
-        if pack and draws_random_numbers(config):
-            log.info("replicas=%d: a step draws random numbers; one by one", len(members))
-            pack = None
-
-        @functools.cache
-        def dataset() -> Dataset:
-            return load_dataset(config).to(device)
+        replicas = build.replicas_for(first, device) if len(configs) > 1 else None
+        if replicas and build.draws_random_numbers(first):
+            log.info("replicas=%d: a step draws random numbers; one by one", len(configs))
+            replicas = None
+        load = functools.cache(lambda: build.load_dataset(first).to(device))
+        shared = Shared(device, load, stop, replicas)
 
         def carried_out(numbers: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
-            started = {}
-            for number in numbers:
-                one, directory = members[number]
-                waits = one.wait and len(numbers) == 1
-                place = runs.Run(directory)
-                started[number] = _begun(one, place, waits, device, dataset, pack, stop)
-            yield from _in_step(started)
+            waits = len(numbers) == 1  # side by side the others would wait, too
+            yield from _in_step({n: _carried_out(configs[n], shared, waits) for n in numbers})
             if stop.number is not None:
                 raise Interrupted(stop.number)
 
-        every = range(len(members))
-        size = MOST_BRANCHES if pack else 1
-        for start in every[::size]:
-            group, later = every[start : start + size], []
+        size = MOST_REPLICAS if replicas else 1
+        for start in range(0, len(configs), size):
+            group, later = range(len(configs))[start : start + size], []
             for number, outcome in carried_out(group):
-                if len(group) > 1 and _comes_later(outcome, config):
+                if len(group) > 1 and _comes_later(configs[number], outcome):
                     later.append(number)
                 else:
                     yield number, outcome
             for number in later:
-                log.info("%s: once more, alone", run_id(members[number][0]))
+                log.info("%s: once more, alone", configs[number].run_id)
                 yield from carried_out([number])
 
 
-def _comes_later(outcome: Record | Exception, config: DictConfig) -> bool:
-    """Tell whether a run of a pack has failed to begin for want of memory or of its lock."""
+def _comes_later(config: RunConfig, outcome: Record | Exception) -> bool:
+    """Tell whether a run beside others has ended for want of memory or of its lock."""
     if isinstance(outcome, Exception):
         return config.wait and isinstance(outcome, LockedError)
     return bool(outcome["status"] == "out_of_memory")
 
 
-def _in_step(started: dict[int, Work]) -> Iterator[tuple[int, Record | Exception]]:
-    """Have the one furthest behind take the next steps, until all have come to their ends."""
-    contexts = {number: copy_context() for number in started}
-    taken = dict.fromkeys(started, NOT_BEGUN)
+def _in_step(works: dict[int, Work]) -> Iterator[tuple[int, Record | Exception]]:
+    """Have the run that is furthest behind go on, until all have come to their ends.
+
+    So those that resume catch up, and then all take the same steps at the same time.
+    """
+    taken = dict.fromkeys(works, NOT_BEGUN)
     interruption = None
     with ExitStack() as stack:
-        for number, work in started.items():
-            stack.callback(contexts[number].run, work.close)
+        for work in works.values():
+            stack.callback(work.close)
         while taken:
             number = min(taken, key=taken.__getitem__)
             outcome: Record | Exception | None = None
             try:
-                taken[number] = contexts[number].run(next, started[number])
+                steps = next(works[number])
+                # In front: of those at the same step the last one goes on first. If another one
+                # did, what the two ask of their group would be a call apart, from then on.
+                taken = {number: steps} | {n: s for n, s in taken.items() if n != number}
                 continue
             except StopIteration as end:
                 outcome = end.value
@@ -170,242 +162,292 @@ def _in_step(started: dict[int, Work]) -> Iterator[tuple[int, Record | Exception
         raise interruption
 
 
-def _begun(
-    config: DictConfig,
-    place: runs.Run,
-    wait: bool,
-    device: torch.device,
-    dataset: Callable[[], Dataset],
-    pack: Pack | None,
-    stop: signals.Stop,
-) -> Work:
-    """Carry out a run under its lock; yield the steps it has taken after every engine call."""
-    crew = distributed.crew(device)
-    if not crew.leads:
-        return _follow(config, dataset, device, crew, stop)
+def _carried_out(config: RunConfig, shared: Shared, waits: bool) -> Work:
+    """Carry out a run under its lock, unless it is finished."""
+    processes = distributed.process_group(shared.device)
+    if not processes.leads:
+        return _follow(config, shared, processes)
     record = None
+    directory = RunDirectory(config.run_dir)
     try:
-        with place.locked(wait) as presence:
-            record = _finished(config, place)
+        if config.rerun or not directory.is_finished():
+            shared.load()  # what is wrong with it is said before anything is written
+        with directory.locked(config.wait and waits) as heartbeat:
+            record = _finished(config, directory)
             if record is None:
-                with _log_to(place):
-                    record = yield from _carry_out(
-                        config, place, device, dataset, crew, pack, presence, stop
+                with run_log(config.run_id, directory.log_path) as said:
+                    record = yield from _train(
+                        config, directory, heartbeat, shared, processes, said
                     )
     finally:
-        crew.dismiss(record)
+        processes.skip_training(record)
     return record
 
 
-def _finished(config: DictConfig, place: runs.Run) -> Record | None:
+def _finished(config: RunConfig, directory: RunDirectory) -> Record | None:
     """Return the record of the run if it need not be trained; clear what ``rerun`` replaces.
 
     Raises:
         ConfigError: if the directory holds a run with other settings.
     """
     try:
-        record = place.record()
+        record = directory.record()
         found = None if record is None else run_id(record["config"])
         if record is not None and record["status"] in runs.FINISHED:
             float(record["result"]["test_error"])
-    except (runs.DamagedError, LookupError, TypeError, ValueError, AttributeError) as error:
-        place.set_aside(place.record_path, str(error))
+    except (DamagedError, LookupError, TypeError, ValueError, AttributeError) as error:
+        directory.set_aside(directory.record_path, str(error))
         return None
     if record is None:
         return None
-    if found != run_id(config):
-        raise ConfigError(
-            f"{place.directory} holds another run ({found}); choose another directory"
-        )
+    if found != config.run_id:
+        raise ConfigError(f"{directory.path} holds another run ({found}); choose another study")
     if record["status"] not in runs.FINISHED:
         return None
     if config.rerun:
-        load_dataset(config)  # what would fail for want of data must not cost the old result
-        place.clear()
+        directory.clear()
         return None
-    place.remove_checkpoint()  # of a process that was killed before it could
+    directory.remove_checkpoint()  # of a process that was killed before it could
     log.info(
         "%s is %s (test error %.2f %%); rerun=true trains it again",
-        run_id(config),
+        config.run_id,
         record["status"],
         record["result"]["test_error"],
     )
     return record
 
 
-@contextmanager
-def _talking() -> Iterator[None]:
-    """Have gnbench say what its runs do, whatever the caller's logging."""
-    logger = logging.getLogger("gnbench")
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+class _OpenRun:
+    """A run under its lock, from the moment its record is opened until it is closed.
 
+    ``run.json`` is true at every moment.
+    """
 
-class _RunLog(logging.FileHandler):
-    """The log of a run; a disk that is full must not end the training over it."""
+    def __init__(
+        self, config: RunConfig, directory: RunDirectory, heartbeat: Heartbeat, shared: Shared
+    ) -> None:
+        devices.reset_peak_memory(shared.device)
+        self._config = config
+        self._directory = directory
+        self._heartbeat = heartbeat
+        self._shared = shared
+        self._training: Training | None = None
+        self._gentle = 0  # 1: a signal waits for the step, or the file, at hand
+        self._rows: list[dict[str, Any]] = []  # of the metrics so far
+        self._seconds_before = 0.0  # spent on the run by earlier processes
+        self._began = self._saved = time.monotonic()
+        self._saving_seconds = 0.0  # of the last checkpoint
+        self._warned = False
+        self.record: Record = {
+            "status": "running",
+            "config": config.plain(),
+            "seed": config.seed,
+            "error": None,
+            "result": None,
+            "versions": runs.versions(),
+            "device": devices.describe_device(shared.device),
+            "engine": config.engine,
+            "started": runs.now(),
+            "seconds": 0.0,
+            "peak_memory_bytes": None,
+        }
+        directory.write_record(self.record)
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        pass
+    def train(self, processes: ProcessGroup, said: logging.Logger) -> Iterator[int]:
+        """Train to the end, from the checkpoint if there is one; ``said`` is the run's logger.
 
+        Yield the steps taken so far before the first and after every engine call.
 
-@contextmanager
-def _log_to(place: runs.Run) -> Iterator[None]:
-    """Write what gnbench says to the log of the run, too, but not what it says of others."""
-    logger = logging.getLogger("gnbench")
-    with runs.explained(place.log_path):
-        handler = _RunLog(place.log_path, encoding="utf-8")
-    _at_work.set(place)
-    handler.addFilter(lambda _: _at_work.get() is place)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        with suppress(OSError):
-            handler.close()
+        Raises:
+            Interrupted: after a signal, with a checkpoint saved.
+            WriteError: if the directory cannot be written.
+        """
+        training = self._training = self._prepared(processes, said)
+        self.record["engine"] = training.engine.name
+        self._directory.write_record(self.record)
+        _announce(self._config, training, said)
+        self._saved = time.monotonic()
+        stop = self._shared.stop
+        self._gentle = 1
+        stop.gentle += self._gentle
+        self._heartbeat.total_steps = training.total_steps
+        with Progress(self._config, training, said) as progress:
+            yield training.position.step
+            for row in _stoppable(training, stop, self._wants_checkpoint, self._save_checkpoint):
+                yield training.position.step
+                if row is not None:
+                    self._rows.append(asdict(row))
+                    self._directory.append(self._rows[-1])
+                    self._warn_of_rounding(said)
+                self._heartbeat.step = training.position.step
+                progress.show(row)
+        self._directory.save_model(training.engine.model.state_dict())
 
-
-def _carry_out(
-    config: DictConfig,
-    place: runs.Run,
-    device: torch.device,
-    load: Callable[[], Dataset],
-    crew: Crew,
-    pack: Pack | None,
-    presence: Presence,
-    stop: signals.Stop,
-) -> Work:
-    """Train under the lock, keeping ``run.json`` true at every moment."""
-    devices.reset_peak_memory(device)
-    started = time.monotonic()
-    record: Record = {
-        "status": "running",
-        "config": OmegaConf.to_container(config, resolve=True),
-        "seed": config.seed,
-        "error": None,
-        "result": None,
-        "versions": runs.versions(),
-        "device": devices.describe_device(device),
-        "engine": config.engine,
-        "started": runs.now(),
-        "seconds": 0.0,
-        "peak_memory_bytes": None,
-    }
-    place.write_record(record)
-    training: Training | None = None
-    seconds_before = 0.0
-    gentle = 0
-
-    def elapsed() -> float:
-        return seconds_before + time.monotonic() - started
-
-    def close(status: str, error: str | None = None) -> Record:
-        record.update(
+    def close(self, status: str, error: str | None = None) -> None:
+        """Say in the record how the run has ended, and what it reports."""
+        if self._training is not None:
+            self.record["engine"] = self._training.engine.name
+        self.record.update(
             status=status,
             error=error,
-            engine=training.engine.name if training else record["engine"],
-            result=runs.result(place.rows(), diverged=status == "diverged"),
-            seconds=round(elapsed(), 3),
-            peak_memory_bytes=devices.peak_memory_bytes(device),
+            result=runs.result(self._directory.rows(), diverged=status == "diverged"),
+            seconds=round(self._seconds(), 3),
+            peak_memory_bytes=devices.peak_memory_bytes(self._shared.device),
         )
-        place.write_record(record)
-        return record
+        self._directory.write_record(self.record)
 
-    try:
-        dataset = load()
-        state = _checkpoint(config, place)
-        crew.begin(state)
-        training = _restored(config, dataset, device, pack, state)
+    def complete(self, said: logging.Logger) -> None:
+        """Close a run that has come to its end."""
+        assert self._training is not None
+        self.close("diverged" if self._training.diverged else "completed")
+        # After the record: one of the two says how far the run is.
+        self._directory.remove_checkpoint()
+        said.info(
+            "%s %s in %s: test error %.2f %% (median of the last epochs; last epoch %.2f %%)",
+            self._config.run_id,
+            self.record["status"],
+            duration(self.record["seconds"]),
+            self.record["result"]["test_error"],
+            self.record["result"]["test_error_final"],
+        )
+
+    def let_go(self) -> None:
+        """Free what the training holds: the next run of a sweep needs the memory."""
+        self._shared.stop.gentle -= self._gentle
+        if self._training is not None:
+            self._training.engine.close()
+            self._training = None
+
+    def _prepared(self, processes: ProcessGroup, said: logging.Logger) -> Training:
+        """Build the training, where its checkpoint says it was."""
+        self._shared.load()
+        state = _checkpoint(self._config, self._directory)
+        processes.begin_training(state)
+        training = _restored(self._config, self._shared, state)
         if training is None:
-            place.set_aside(place.checkpoint_path, f"{place.checkpoint_path} does not fit the run")
-            state, training = None, build_training(config, dataset, device, pack)
-        record["engine"] = training.engine.name
-        place.write_record(record)
-        rows = list(state["rows"]) if state else []
-        place.restore_rows(rows)
+            path = self._directory.checkpoint_path
+            self._directory.set_aside(path, f"{path} does not fit the run")
+            state, training = None, _built(self._config, self._shared)
         if state:
-            seconds_before = state["seconds"]
-            log.info("%s resumes after step %d", run_id(config), training.position.step)
-        _announce(config, training)
-        gentle = 1
-        stop.gentle += gentle
-        yield from drive(config, place, training, rows, presence, stop, elapsed)
-        place.save_model(training.engine.model.state_dict())
+            self._rows = list(state["rows"])
+            self._seconds_before = state["seconds"]
+            said.info("%s resumes after step %d", self._config.run_id, training.position.step)
+        self._directory.restore_rows(self._rows)
+        return training
+
+    def _warn_of_rounding(self, said: logging.Logger) -> None:
+        """Say once if a batch norm on the CPU has come to where float32 is too coarse."""
+        assert self._training is not None
+        if self._warned or self._shared.device.type != "cpu":
+            return
+        if found := imprecise_statistics(self._training.engine.model):
+            self._warned = True
+            said.warning("%s: float32 loses more than 1e-3 of what is left of that", found)
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._began
+
+    def _wants_checkpoint(self) -> bool:
+        assert self._training is not None
+        seconds = self._training.engine.companions * self._saving_seconds
+        pause = max(self._config.checkpoint_seconds, seconds / CHECKPOINT_SHARE)
+        return bool(time.monotonic() - self._saved > pause)
+
+    def _save_checkpoint(self) -> None:
+        assert self._training is not None
+        began = time.monotonic()
+        self._directory.save_checkpoint(
+            {
+                "format": CHECKPOINT_FORMAT,
+                "identity": self._config.digest,
+                "versions": runs.versions(),
+                "seconds": self._seconds(),
+                "rows": self._rows,
+                **self._training.state_dict(),
+            }
+        )
+        self._saved = time.monotonic()
+        self._saving_seconds = self._saved - began if self._config.checkpoint_seconds else 0.0
+
+
+def _train(
+    config: RunConfig,
+    directory: RunDirectory,
+    heartbeat: Heartbeat,
+    shared: Shared,
+    processes: ProcessGroup,
+    said: logging.Logger,
+) -> Work:
+    """Open the record, train, close the record, however it ends."""
+    run = _OpenRun(config, directory, heartbeat, shared)
+    try:
+        yield from run.train(processes, said)
     except KeyboardInterrupt:
-        with suppress(runs.WriteError):
-            close("interrupted")
-        log.warning("%s interrupted; the same command resumes it", run_id(config))
+        with suppress(WriteError):
+            run.close("interrupted")
+        said.warning("%s interrupted; the same command resumes it", config.run_id)
         raise
     except Exception as error:
         out_of_memory = devices.is_out_of_memory(error)
+        status = "out_of_memory" if out_of_memory else "failed"
         message = str(error).partition("\n")[0] or type(error).__name__
         if not out_of_memory:
             message = f"{type(error).__name__}: {error}"
-        # If this cannot be written either, the run stays "running" without a sign of life.
-        with suppress(runs.WriteError):
-            close("out_of_memory" if out_of_memory else "failed", message)
-        if not out_of_memory or crew.size > 1:  # a crew does not survive the loss of one
-            log.error("%s failed: %s", run_id(config), message)
+        # If this cannot be written either, the run stays "running" without a heartbeat.
+        with suppress(WriteError):
+            run.close(status, message)
+        said.error("%s: %s: %s", config.run_id, status.replace("_", " "), message)
+        # Several processes do not survive the loss of one.
+        if not out_of_memory or processes.size > 1:
             raise
-        log.error("%s: out of memory: %s", run_id(config), message)
     else:
-        close("diverged" if training.diverged else "completed")
-        place.remove_checkpoint()  # not before the record: one of the two says how far the run is
-        log.info(
-            "%s %s in %s: test error %.2f %% (median of the last epochs; last epoch %.2f %%)",
-            run_id(config),
-            record["status"],
-            _duration(record["seconds"]),
-            record["result"]["test_error"],
-            record["result"]["test_error_final"],
-        )
-        return record
+        run.complete(said)
     finally:
-        stop.gentle -= gentle
-        if training is not None:
-            training.engine.close()
-    training = state = None  # the next run of a sweep needs the memory
+        run.let_go()
     gc.collect()
-    if device.type == "cuda":
+    if shared.device.type == "cuda":
         torch.cuda.empty_cache()
-    return record
+    return run.record
 
 
-def _follow(
-    config: DictConfig,
-    load: Callable[[], Dataset],
-    device: torch.device,
-    crew: Crew,
-    stop: signals.Stop,
-) -> Record:
+def _follow(config: RunConfig, shared: Shared, processes: ProcessGroup) -> Record:
     """Train beside rank 0, which writes; return the record if it had one before."""
-    train, given = crew.orders()
+    train, given = processes.wait_to_begin()
     if not train:
         return given or {"status": "failed", "result": None}
-    dataset = load()
-    training = _restored(config, dataset, device, None, given)
-    training = training or build_training(config, dataset, device)
-    stop.gentle += 1
-    for _ in _stoppable(training, stop, wants_checkpoint=lambda: False, save=training.state_dict):
+    training = _restored(config, shared, given) or _built(config, shared)
+    shared.stop.gentle += 1
+    for _ in _stoppable(training, shared.stop, lambda: False, training.state_dict):
         pass
-    stop.gentle -= 1
+    shared.stop.gentle -= 1
     return {"status": "completed", "result": None}
 
 
+def _stoppable(
+    training: Training,
+    stop: signals.Stop,
+    wants_checkpoint: Callable[[], bool],
+    save: Callable[[], object],
+) -> Iterator[Row | None]:
+    """Run the training step by step; save when it is time, and before a signal ends it."""
+    for row in training.run():
+        yield row
+        number, due = training.engine.process_group.agree(stop.number, wants_checkpoint())
+        if due or number is not None:
+            save()
+        if number is not None:
+            raise Interrupted(number)
+
+
+def _built(config: RunConfig, shared: Shared) -> Training:
+    return build.build_training(config, shared.load(), shared.device, shared.replicas)
+
+
 def _restored(
-    config: DictConfig,
-    dataset: Dataset,
-    device: torch.device,
-    pack: Pack | None,
-    state: Mapping[str, Any] | None,
+    config: RunConfig, shared: Shared, state: Mapping[str, Any] | None
 ) -> Training | None:
     """Build the training and continue from ``state``; return None if that does not fit."""
-    training = build_training(config, dataset, device, pack)
+    training = _built(config, shared)
     if state is None:
         return training
     try:
@@ -420,91 +462,22 @@ def _restored(
         return None
 
 
-def _stoppable(
-    training: Training,
-    stop: signals.Stop,
-    wants_checkpoint: Callable[[], bool],
-    save: Callable[[], object],
-) -> Iterator[Row | None]:
-    """Run the training step by step; save when it is time, and before a signal ends it."""
-    for row in training.run():
-        yield row
-        number, due = training.engine.crew.agree(stop.number, wants_checkpoint())
-        if due or number is not None:
-            save()
-        if number is not None:
-            raise Interrupted(number)
-
-
-def drive(
-    config: DictConfig,
-    place: runs.Run,
-    training: Training,
-    rows: list[dict[str, Any]],
-    presence: Presence,
-    stop: signals.Stop,
-    elapsed: Callable[[], float],
-) -> Iterator[int]:
-    """Train to the end: rows to the metrics, progress shown, checkpoints to the disk.
-
-    Yield the steps taken so far before the first and after every engine call. ``rows`` are those
-    of the epochs before; ``elapsed`` tells the seconds spent on the run so far.
-
-    Raises:
-        Interrupted: after a signal, with a checkpoint saved.
-        WriteError: if the directory cannot be written.
-    """
-    saved, cost = time.monotonic(), 0.0
-    presence.total_steps = training.total_steps
-
-    def wants_checkpoint() -> bool:
-        costs = training.engine.companions * cost
-        pause = max(config.checkpoint_seconds, costs / CHECKPOINT_SHARE)
-        return bool(time.monotonic() - saved > pause)
-
-    def save() -> None:
-        nonlocal saved, cost
-        began = time.monotonic()
-        place.save_checkpoint(
-            {
-                "format": CHECKPOINT_FORMAT,
-                "identity": digest(config),
-                "versions": runs.versions(),
-                "seconds": elapsed(),
-                "rows": rows,
-                **training.state_dict(),
-            }
-        )
-        saved = time.monotonic()
-        cost = saved - began if config.checkpoint_seconds else 0.0
-
-    with _progress(config, training) as show:
-        yield training.position.step
-        for row in _stoppable(training, stop, wants_checkpoint, save):
-            yield training.position.step
-            if row is not None:
-                rows.append(asdict(row))
-                place.append(rows[-1])
-            presence.step = training.position.step
-            show(row)
-
-
-def _checkpoint(config: DictConfig, place: runs.Run) -> dict[str, Any] | None:
+def _checkpoint(config: RunConfig, directory: RunDirectory) -> dict[str, Any] | None:
     """Return the checkpoint to continue from, if there is one that can be used."""
-    path = place.checkpoint_path
+    path = directory.checkpoint_path
     try:
-        state = place.load_checkpoint()
+        state = directory.load_checkpoint()
         if state is None:
             return None
         now, then = runs.versions(), state.get("versions")
         if state.get("format") != CHECKPOINT_FORMAT or not isinstance(then, dict):
-            raise runs.DamagedError(f"{path} is not a checkpoint of this form")
-        if state.get("identity") != digest(config):
-            raise runs.DamagedError(f"{path} belongs to another run")
+            raise DamagedError(f"{path} is not a checkpoint of this form")
+        if state.get("identity") != config.digest:
+            raise DamagedError(f"{path} belongs to another run")
         for name in ("gnbench", "torch"):
             # Of gnbench the release counts: a commit seldom touches the training.
             if str(then.get(name)).partition("+")[0] != now[name].partition("+")[0]:
-                raise runs.DamagedError(
+                raise DamagedError(
                     f"{path} was written with {name} {then.get(name)}, this is {now[name]}"
                 )
         if then["gnbench"] != now["gnbench"]:
@@ -515,16 +488,16 @@ def _checkpoint(config: DictConfig, place: runs.Run) -> dict[str, Any] | None:
                 now["gnbench"],
             )
         return state
-    except runs.DamagedError as error:
-        place.set_aside(path, str(error))
+    except DamagedError as error:
+        directory.set_aside(path, str(error))
         return None
 
 
-def _announce(config: DictConfig, training: Training) -> None:
+def _announce(config: RunConfig, training: Training, said: logging.Logger) -> None:
     parameters = sum(p.numel() for p in training.engine.model.parameters())
-    log.info(
+    said.info(
         "%s: %s parameters, %s steps of %d images in %s epochs, engine %s on %s",
-        run_id(config),
+        config.run_id,
         f"{parameters:,}",
         f"{training.total_steps:,}",
         training.batch_size,
@@ -532,78 +505,10 @@ def _announce(config: DictConfig, training: Training) -> None:
         training.engine.name,
         devices.describe_device(training.engine.device),
     )
-    remainder = len(training.train) % training.batch_size
-    if must_drop_last(config):
-        log.info(
+    if build.trial(config).drops_last:
+        said.info(
             "the last batch of an epoch (%d images) is dropped: it would leave a process no image, "
             "or %s one value per channel",
-            remainder,
+            len(training.train) % training.batch_size,
             config.norm.name,
         )
-
-
-@contextmanager
-def _progress(config: DictConfig, training: Training) -> Iterator[Callable[[Row | None], None]]:
-    """Show a bar with ETA and error on a terminal, a line an epoch elsewhere."""
-    began, first_step = time.monotonic(), training.position.step
-    epochs = math.ceil(training.total_steps / training.steps_per_epoch)
-    name = f"{config.norm.name} bs{config.batch_size} seed{config.seed}"
-    with tqdm(
-        total=training.total_steps,
-        initial=first_step,
-        unit="step",
-        desc=name,
-        disable=not _shows_bars(config),
-        dynamic_ncols=True,
-        mininterval=0.5,
-    ) as bar:
-
-        def show(row: Row | None) -> None:
-            step = training.position.step if row is None else row.step
-            if bar.update(step - bar.n) and row is None:  # the bar was redrawn just now
-                # Of this process's share: to ask the others would stop them.
-                wrong = training.engine.own_totals()[1] * training.engine.crew.size
-                bar.set_postfix_str(
-                    f"train error {100 * wrong / training.position.seen:.1f} %", refresh=False
-                )
-            if row is not None:
-                bar.set_postfix_str(f"test error {row.test_error:.2f} %", refresh=False)
-                taken = row.step - first_step  # none if only the epoch's evaluation was left
-                seconds = (
-                    (time.monotonic() - began) / taken
-                    if taken
-                    else row.seconds / training.steps_per_epoch
-                )
-                log.info(
-                    "%s  epoch %d/%d  step %d  lr %.2e  train loss %.4f error %.2f %%  "
-                    "test loss %.4f error %.2f %%  %.0f images/s  eta %s",
-                    name,
-                    row.epoch,
-                    epochs,
-                    row.step,
-                    row.lr,
-                    row.train_loss,
-                    row.train_error,
-                    row.test_loss,
-                    row.test_error,
-                    row.images_per_second,
-                    _duration(seconds * (training.total_steps - row.step)),
-                )
-
-        yield show
-
-
-def _shows_bars(config: DictConfig) -> bool:
-    return config.progress == "bar" or (config.progress == "auto" and sys.stderr.isatty())
-
-
-def _lines_above_the_bars() -> AbstractContextManager[None]:
-    from tqdm.contrib.logging import logging_redirect_tqdm  # warns in a notebook without widgets
-
-    return logging_redirect_tqdm()
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

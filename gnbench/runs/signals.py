@@ -12,21 +12,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
+from gnbench.errors import Interrupted
+
 REQUEUE = getattr(signal, "SIGUSR2", None)  # Windows has none
 # Seconds: a signal to a group reaches a worker and is passed on to it as well; Slurm repeats it.
 ECHO = 2.0
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal ended the run, which can be resumed. ``exit_code`` is 128 + the signal."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.exit_code = 128 + number
-
-    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
-        """Let a worker hand it to the command that launched it."""
-        return type(self), (self.exit_code - 128,)
 
 
 @dataclass

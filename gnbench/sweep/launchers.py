@@ -22,14 +22,17 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
-from gnbench.config import ConfigError, replicas, run_id
-from gnbench.runs import directory as runs
-from gnbench.sweep import command as sweep
+from gnbench.config import RunConfig, run_id
+from gnbench.errors import ConfigError, DamagedError
+from gnbench.runs.directory import RunDirectory
+from gnbench.runs.lock import LOCK
+from gnbench.sweep import command
 from gnbench.train import distributed
 
 log = logging.getLogger(__name__)
 
-Launch = Callable[[Any, Sequence[Sequence[str]], int], Sequence[JobReturn]]
+# launcher, overrides of each cell, initial_job_idx -> what each cell returned
+Launch = Callable[..., Sequence[JobReturn]]
 
 EXTRAS = {
     "hydra_plugins.hydra_joblib_launcher": "joblib",
@@ -44,20 +47,20 @@ _stopped_by: int | None = None
 _in_command = False  # False in the workers, which import this module anew
 
 
-def prepare(target: str) -> None:
-    """Have a launcher survive what its workers meet.
+def prepare(launcher: DictConfig) -> None:
+    """Have the launcher of a sweep survive what its workers meet.
 
     Raises:
         ConfigError: if its plugin is not installed, or under torchrun, whose processes are one run.
     """
-    module, _, name = target.rpartition(".")
+    module, _, name = launcher._target_.rpartition(".")
     extra = next((e for package, e in EXTRAS.items() if module.startswith(package)), None)
     if extra is None:
         return
     if distributed.world_size() > 1:
         raise ConfigError(f"hydra/launcher: {extra} and torchrun do not go together; choose one")
     try:
-        launcher = getattr(importlib.import_module(module), name)
+        plugin = getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise ConfigError(
             f"hydra/launcher: the plugin for {extra} is not installed ({error}): "
@@ -66,8 +69,14 @@ def prepare(target: str) -> None:
     if name == "SlurmLauncher" and not shutil.which("srun"):
         raise ConfigError("hydra/launcher: no cluster here (Slurm's srun is not on PATH)")
     wrap = {"joblib": _surviving, "ray": _interruptible, "slurm": _complete}[extra]
-    if not hasattr(launcher.launch, "__wrapped__"):
-        launcher.launch = wrap(launcher.launch)
+    if not hasattr(plugin.launch, "__wrapped__"):
+        plugin.launch = wrap(plugin.launch)
+
+
+def is_remote(launcher: DictConfig) -> bool:
+    """Tell whether runs may land on other machines, which this one cannot speak for."""
+    ray_cluster = launcher.get("ray") and launcher.ray.init.get("address")
+    return launcher._target_.endswith(".SlurmLauncher") or bool(ray_cluster)
 
 
 def enter() -> None:
@@ -99,6 +108,9 @@ def _stop(number: int, frame: FrameType | None) -> None:
     _stopped_by = number
     for again in STOPPING:
         signal.signal(again, signal.default_int_handler)
+    # Who is at a run now is told to save it. Waited for is that these processes let go of these
+    # runs, not that nobody is at work: an idle worker may take up another run meanwhile, and ends
+    # with all the others when the KeyboardInterrupt reaches the launcher.
     at_work = _at_work()
     for pid in {pid for pid, _ in at_work}:
         os.kill(pid, signal.SIGTERM)
@@ -109,8 +121,11 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _at_work() -> set[tuple[int, str]]:
-    """Return the processes below this one that hold the lock of a cell, as far as /proc tells."""
-    locks = {str(Path(cell.directory).resolve() / ".lock") for cell in sweep.planned}
+    """Return the processes below this one that hold the lock of a run, as far as /proc tells.
+
+    A launcher does not tell which worker is at which cell, nor which of its processes are workers.
+    """
+    locks = {str(cell.run_dir.resolve() / LOCK) for cell in command.planned}
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has just ended
@@ -142,7 +157,7 @@ def _surviving(launch: Launch) -> Launch:
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
         returns: dict[int, JobReturn] = {}
-        lost: Counter[int] = Counter()
+        lost: Counter[int] = Counter()  # how often each cell has lost its worker
         while todo := [i for i in range(len(job_overrides)) if i not in returns]:
             least = min(lost[i] for i in todo)
             group = [i for i in todo if lost[i] == least]
@@ -152,23 +167,25 @@ def _surviving(launch: Launch) -> Launch:
             try:
                 results = launch(launcher, [job_overrides[i] for i in group], initial_job_idx)
                 returns.update(zip(group, results, strict=True))
+                continue
             except TerminatedWorkerError:
-                configs = {i: _config(launcher, job_overrides[i]) for i in group}
-                states = {i: _record_since(began, c) for i, c in configs.items()}
-                ended = {i: s for i, s in states.items() if s and s["status"] != "running"}
-                at_work = [i for i, s in states.items() if s and s["status"] == "running"]
-                lost.update(at_work or [i for i in group if i not in ended])
-                returns.update((i, _return(s)) for i, s in ended.items())
-                for i in (i for i in group if lost[i] == ATTEMPTS):
-                    state = states[i]
-                    culprit = run_id(state["config"] if state else configs[i])
-                    sweep.failed[culprit] = f"its worker was killed {ATTEMPTS} times"
-                    returns[i] = _return(None)
-                log.warning(
-                    "gnbench: a worker was killed (out of memory?) and joblib gave up those beside "
-                    "it; launching again what they were at: %s",
-                    ", ".join(run_id(configs[i]) for i in at_work) or "nothing yet",
-                )
+                pass  # what the others have returned is lost as well, but they have their records
+            cells = {i: _parsed(launcher, job_overrides[i]) for i in group}
+            records = {i: _record_since(began, cells[i]) for i in group}
+            at_work = [i for i, r in records.items() if r and r["status"] == "running"]
+            ended = [i for i, r in records.items() if r and r["status"] != "running"]
+            returns.update((i, _return(records[i])) for i in ended)
+            lost.update(at_work or [i for i in group if i not in ended])
+            for i in (i for i in group if lost[i] == ATTEMPTS):
+                record = records[i]  # of several replicas that of the one at work
+                killer = run_id(record["config"]) if record else cells[i].run_id
+                command.failed[killer] = f"its worker was killed {ATTEMPTS} times"
+                returns[i] = _return(None)
+            log.warning(
+                "gnbench: a worker was killed (out of memory?) and joblib gave up those beside it; "
+                "launching again what they were at: %s",
+                ", ".join(cells[i].run_id for i in at_work) or "nothing yet",
+            )
         return [returns[i] for i in sorted(returns)]
 
     return launch_all
@@ -178,9 +195,8 @@ def _interruptible(launch: Launch) -> Launch:
     """Take SIGTERM back, which Ray takes for itself; wait for all cells though one be lost."""
 
     @functools.wraps(launch)
-    def launch_all(
-        launcher: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> Sequence[JobReturn]:
+    def launch_all(launcher: Any, *cells: Any, **numbers: Any) -> Sequence[JobReturn]:
+        # Started here and not by the plugin, Ray has set its handlers before ours are set again.
         package = type(launcher).__module__.rpartition(".")[0]
         importlib.import_module(f"{package}._launcher_util").start_ray(launcher.ray_cfg.init)
         for number in STOPPING:
@@ -195,9 +211,10 @@ def _interruptible(launch: Launch) -> Launch:
                 log.error("a run is lost (%s); the same command resumes it", type(error).__name__)
                 return _return(None)
 
+        # The plugin gets one result after the other and stops at the first that is lost.
         get, ray.get = ray.get, get_or_nan
         try:
-            return launch(launcher, job_overrides, initial_job_idx)
+            return launch(launcher, *cells, **numbers)
         finally:
             ray.get = get
 
@@ -209,9 +226,7 @@ def _complete(launch: Launch) -> Launch:
     """Name a job that brought no result, and wait for the others: submitit raises at the first."""
 
     @functools.wraps(launch)
-    def launch_all(
-        launcher: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> Sequence[JobReturn]:
+    def launch_all(launcher: Any, *cells: Any, **numbers: Any) -> Sequence[JobReturn]:
         from submitit.core import core, utils
 
         def results_or_nan(job: core.Job[JobReturn]) -> list[JobReturn]:
@@ -229,39 +244,37 @@ def _complete(launch: Launch) -> Launch:
         results = core.Job.results
         core.Job.results = results_or_nan  # type: ignore[method-assign, assignment]
         try:
-            return launch(launcher, job_overrides, initial_job_idx)
+            return launch(launcher, *cells, **numbers)
         finally:
             core.Job.results = results  # type: ignore[method-assign]
 
     return launch_all
 
 
-def _config(launcher: Any, overrides: Sequence[str]) -> DictConfig:
+def _parsed(launcher: Any, overrides: Sequence[str]) -> RunConfig:
     loader = launcher.hydra_context.config_loader
-    config: DictConfig = loader.load_sweep_config(launcher.config, list(overrides))
-    return config
+    return RunConfig.parse(loader.load_sweep_config(launcher.config, list(overrides)))
 
 
-def _record_since(began: int, config: DictConfig) -> dict[str, Any] | None:
-    """Return the record of a cell if it was written since ``began``.
+def _record_since(began: int, cell: RunConfig) -> dict[str, Any] | None:
+    """Return the record of a cell if it was written since ``began``, in nanoseconds since 1970.
 
     Of several replicas that of the one under way, or of the last one, with the mean test error,
     when all have ended.
     """
-    found: list[dict[str, Any] | None] = []
-    for one in replicas(config):
-        place = runs.Run(Path(config.hydra.sweep.dir) / run_id(one))
-        try:
-            found.append(place.record() if place.record_path.stat().st_mtime_ns >= began else None)
-        except (OSError, runs.DamagedError):
-            found.append(None)
-    written = [record for record in found if record]
+    written = []
+    for run in cell.runs():
+        directory = RunDirectory(run.run_dir)
+        with suppress(OSError, DamagedError):
+            record = directory.record()
+            if record and directory.record_path.stat().st_mtime_ns >= began:
+                written.append(record)
     running = [record for record in written if record["status"] == "running"]
-    if running or len(written) < len(found):
+    if running or len(written) < cell.replicas:
         return running[0] if running else None
-    return {**written[-1], "result": {"test_error": fmean(map(sweep.test_error, written))}}
+    return {**written[-1], "result": {"test_error": fmean(map(command.test_error, written))}}
 
 
 def _return(record: dict[str, Any] | None) -> JobReturn:
-    value = sweep.test_error(record) if record else math.nan
+    value = command.test_error(record) if record else math.nan
     return JobReturn(status=JobStatus.COMPLETED, _return_value=value)

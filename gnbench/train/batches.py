@@ -14,7 +14,7 @@ PAD = 4  # pixels on every side that pad_crop_flip may shift by (He et al. 2016,
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """What each position of an epoch shows.
+    """Which image stands at each position of an epoch, and how it is changed.
 
     ``order`` (int64, N) indexes the training images; ``flip`` (bool, N) mirrors them left to
     right; ``shift`` (int64, N×2) moves them by rows and columns in [-PAD, PAD]. None: not at all.
@@ -26,12 +26,11 @@ class EpochPlan:
 
     def to(self, device: torch.device) -> EpochPlan:
         """Move the plan to ``device``."""
-        return EpochPlan(
-            *(None if t is None else t.to(device) for t in (self.order, self.flip, self.shift))  # type: ignore[arg-type]
-        )
+        flip, shift = (None if t is None else t.to(device) for t in (self.flip, self.shift))
+        return EpochPlan(self.order.to(device), flip, shift)
 
     def copy_(self, other: EpochPlan) -> None:
-        """Take over the values of another plan of the same kind, in place."""
+        """Take the values of another plan of the same kind, in place."""
         for own, new in zip(vars(self).values(), vars(other).values(), strict=True):
             if own is not None:
                 own.copy_(new)
@@ -40,8 +39,8 @@ class EpochPlan:
 def draw_epoch(seed: int, epoch: int, size: int, augmentation: str) -> EpochPlan:
     """Draw the plan of an epoch of ``size`` images on the CPU.
 
-    It depends on nothing but the arguments, so it is the same on every device and engine and
-    after every resume; the order does not depend on the augmentation.
+    It depends on the arguments alone: it is the same on every device and engine, and after a
+    resume. The order does not depend on the augmentation.
     """
     rng = np.random.default_rng([seed, epoch])
     order = torch.from_numpy(rng.permutation(size))

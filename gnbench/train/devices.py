@@ -1,12 +1,14 @@
-"""The device of a run: which one, what it is called, how much memory the run took."""
+"""The device of a run: which one, what it is called and can do, how much memory the run took."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
 import platform
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +16,15 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from gnbench.config import ConfigError
+from gnbench.errors import ConfigError
 from gnbench.train import distributed
 
 log = logging.getLogger(__name__)
 
 # What those say that do not raise torch.OutOfMemoryError: the CPU, CUDA itself, cuBLAS and cuDNN.
 ALLOCATION_FAILURES = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
+TRIAL_SIZE = 256  # rows and columns of the matrices on which bf16 is tried
+SLOWEST_BF16 = 4  # times as long as fp32; emulated by torch it takes some 90 times as long
 
 
 def choose_device(name: str) -> torch.device:
@@ -59,15 +63,15 @@ def claimed(name: str) -> Iterator[torch.device]:
     if chosen or torch.cuda.device_count() == 1:
         yield device
         return
-    lock, index = _seat(torch.cuda.device_count())
+    lock, index = _claim(torch.cuda.device_count())
     try:
         yield torch.device("cuda", index)
     finally:
         lock.release()
 
 
-def _seat(gpus: int) -> tuple[FileLock, int]:
-    """Take the first free seat: one on every GPU before a second on any."""
+def _claim(gpus: int) -> tuple[FileLock, int]:
+    """Take the first lock that is free: one for every GPU before a second for any."""
     masked = [entry for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry]
     names = masked if len(masked) == gpus else range(gpus)
     for row in itertools.count():
@@ -82,12 +86,33 @@ def _seat(gpus: int) -> tuple[FileLock, int]:
     raise AssertionError("unreachable")
 
 
+@functools.cache
+def has_native_bf16(device: torch.device) -> bool:
+    """Tell whether the device itself computes in bf16, so that ``precision=bf16`` is of use.
+
+    A GPU does from compute capability 8 on. A processor is tried: on one without, or where oneDNN
+    is told not to use it, torch emulates bf16 number by number.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    fp32, bf16 = (
+        torch.ones(TRIAL_SIZE, TRIAL_SIZE, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    return min(map(_seconds, 3 * [bf16])) < SLOWEST_BF16 * min(map(_seconds, 3 * [fp32]))
+
+
+def _seconds(matrix: torch.Tensor) -> float:
+    began = time.perf_counter()
+    torch.mm(matrix, matrix)
+    return time.perf_counter() - began
+
+
 def flush_denormals() -> None:
     """Have this thread, and the threads that torch starts from now on, take 0 for denormal numbers.
 
-    Of a unit that no longer learns, Adam's moments fade until they are denormal (in float32 below
+    Adam's moments of a unit that no longer learns fade until they are denormal (in float32 below
     1.2e-38), and an x86 core computes many times slower with those. Beside ε such a moment counts
-    for nothing: the weights stay the same. What torch's threads did before is left to them.
+    for nothing: the weights stay the same. Threads that torch has started before stay as they are.
     """
     torch.set_flush_denormal(True)
 
@@ -96,20 +121,19 @@ def describe_device(device: torch.device) -> str:
     """Name the device that did the work, for the record."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({_processor()}, {torch.get_num_threads()} threads)"
+    processor = _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+    return f"cpu ({processor}, {torch.get_num_threads()} threads)"
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Return the most memory in use since the run began: allocated on a GPU, resident on a CPU."""
+    """Return the most memory in use since the run began: allocated on a GPU, resident on a CPU.
+
+    None on a CPU without Linux's ``/proc``.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+    kib = _field("/proc/self/status", "VmHWM")
+    return None if kib is None else 1024 * int(kib.split()[0])
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -133,11 +157,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _processor() -> str:
+def _field(path: str, name: str) -> str | None:
+    """Return what the first line ``name: …`` of a file of Linux's says."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        lines = Path(path).read_text().splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return None
+    pairs = (line.partition(":") for line in lines)
+    return next((value.strip() for key, _, value in pairs if key.strip() == name), None)

@@ -14,23 +14,24 @@ if TYPE_CHECKING:  # who this process is must be known without torch, too
     from torch import Tensor
     from torch.distributed.distributed_c10d import Store
 
-AGREE_SECONDS = 1.0  # between two times that the processes tell each other whether to stop
+AGREE_SECONDS = 1.0  # between two times that the processes ask each other whether to stop
 AGREE_STEPS = 128  # but never more steps than these
 
 
-class Crew:
+class ProcessGroup:
     """The processes that train a run together: ``size`` of them, this one being ``rank``.
 
-    Rank 0 leads: it alone reads and writes the run directory. A crew of one asks nobody.
+    Rank 0 leads: it alone reads and writes the run directory. A process alone is a group of one,
+    which never communicates.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank = rank
         self.size = size
-        self._begun = False
-        self._countdown = 1
-        self._last = time.monotonic()
-        self._interval = 1
+        self._others_wait = size > 1
+        self._until_agreement = 1  # steps
+        self._interval = 1  # steps between two agreements
+        self._last_agreement = time.monotonic()
 
     @property
     def leads(self) -> bool:
@@ -43,29 +44,29 @@ class Crew:
         begin = start + self.rank * each + min(self.rank, more)
         return begin, begin + each + (self.rank < more)
 
-    def begin(self, state: Any) -> None:
-        """Have the others train too, from ``state`` (None: from the start)."""
-        self._tell((True, state))
+    def begin_training(self, state: Any) -> None:
+        """By rank 0: have the others train too, from ``state`` (None: from the start)."""
+        self._tell_the_others((True, state))
 
-    def dismiss(self, record: Any) -> None:
-        """Send away those who still wait for the word to begin, with the record of the run."""
-        if not self._begun:
-            self._tell((False, record))
+    def skip_training(self, record: Any) -> None:
+        """By rank 0: give the record of the run to those who still wait to begin, if they do."""
+        self._tell_the_others((False, record))
 
-    def orders(self) -> tuple[bool, Any]:
-        """Wait for rank 0; return whether to train, and the state or the record."""
-        order: tuple[bool, Any] = self._tell(None)
-        return order
-
-    def _tell(self, message: Any) -> Any:
-        self._begun = True
-        if self.size == 1:
-            return message
+    def wait_to_begin(self) -> tuple[bool, Any]:
+        """By the others: return whether to train, and rank 0's state or record."""
         import torch.distributed as dist
 
-        box = [message]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        message: list[Any] = [None]
+        dist.broadcast_object_list(message, src=0)
+        train, content = message[0]
+        return train, content
+
+    def _tell_the_others(self, message: tuple[bool, Any]) -> None:
+        if self._others_wait:
+            import torch.distributed as dist
+
+            self._others_wait = False
+            dist.broadcast_object_list([message], src=0)
 
     def gather(self, item: Any) -> list[Any]:
         """Return what every process passes, by rank."""
@@ -87,14 +88,14 @@ class Crew:
         dist.all_reduce(total)
         return total
 
-    def adopt(self, buffers: list[Tensor]) -> None:
-        """Overwrite ``buffers`` by those of rank 0."""
+    def copy_from_first(self, tensors: list[Tensor]) -> None:
+        """Overwrite ``tensors`` by those of rank 0."""
         if self.size == 1:
             return
         import torch.distributed as dist
 
-        for buffer in buffers:
-            dist.broadcast(buffer, src=0)
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
     def agree(self, stop: int | None, save: bool) -> tuple[int | None, bool]:
         """Return the signal that any process received, and whether rank 0 wants to save.
@@ -104,15 +105,15 @@ class Crew:
         """
         if self.size == 1:
             return stop, save
-        self._countdown -= 1
-        if self._countdown:
+        self._until_agreement -= 1
+        if self._until_agreement:
             return None, False
-        answers = self.gather((stop, save, time.monotonic() - self._last))
+        answers = self.gather((stop, save, time.monotonic() - self._last_agreement))
+        # Rank 0's clock counts, so that all take the same number of steps to the next agreement.
         _, save, elapsed = answers[0]
-        # Rank 0's clock counts, so that all count down from the same number.
-        pace = AGREE_SECONDS / max(elapsed, 1e-6)
-        self._interval = max(1, min(AGREE_STEPS, round(self._interval * pace)))
-        self._countdown, self._last = self._interval, time.monotonic()
+        steps = round(self._interval * AGREE_SECONDS / max(elapsed, 1e-6))
+        self._interval = self._until_agreement = max(1, min(AGREE_STEPS, steps))
+        self._last_agreement = time.monotonic()
         return next((number for number, *_ in answers if number is not None), None), save
 
 
@@ -131,13 +132,13 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def crew(device: torch.device) -> Crew:
-    """Return the crew of this process, meeting the others at the first call.
+def process_group(device: torch.device) -> ProcessGroup:
+    """Return the group of this process, meeting the others at the first call.
 
-    They talk by NCCL on GPUs and by gloo on CPUs.
+    They communicate by NCCL on GPUs and by gloo on CPUs.
     """
     if world_size() == 1:
-        return Crew()
+        return ProcessGroup()
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
@@ -151,29 +152,31 @@ def crew(device: torch.device) -> Crew:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             timeout=patience,
-            store=_of_the_living(store),
+            store=_store_of_the_living(store),
             rank=rank(),
             world_size=world_size(),
         )
         atexit.register(dist.destroy_process_group)
-    return Crew(rank(), world_size())
+    return ProcessGroup(rank(), world_size())
 
 
-def _of_the_living(store: Store) -> Store:
+def _store_of_the_living(store: Store) -> Store:
     """Return a part of ``store`` that only the processes which are alive now know.
 
-    torchrun keeps the store when it starts processes again, so that one of them can find there the
-    address of one that was killed, and fail to connect to it. Its count of restarts is no name for
-    that part: every machine has a count of its own.
+    torchrun keeps the store when it starts processes again. One of them could find there the
+    address of one that was killed, and fail to connect to it. torchrun's count of restarts cannot
+    name the part, since every machine has a count of its own. So each process other than rank 0
+    registers under a fresh name, rank 0 answers to that name with the name of the part, and waits
+    until every rank has confirmed it: a name left by a dead process confirms nothing.
     """
     from torch.distributed.distributed_c10d import PrefixStore
 
     name = uuid.uuid4().hex
     if rank():
         store.set(f"present/{rank()}", name)
-        answer = store.get(f"answer/{name}").decode()  # waits
-        store.set(f"answered/{answer}/{rank()}", "")
-        return PrefixStore(answer, store)
+        part = store.get(f"answer/{name}").decode()  # waits
+        store.set(f"answered/{part}/{rank()}", "")
+        return PrefixStore(part, store)
     awaited = set(range(1, world_size()))
     while awaited:
         for other in awaited:

@@ -11,32 +11,11 @@ from typing import Any
 import torch
 
 from gnbench.train.batches import ResidentData, draw_epoch
-from gnbench.train.engine import EagerEngine, Epoch
+from gnbench.train.engine import Epoch
+from gnbench.train.graph_engine import Engine
+from gnbench.train.row import Row
 
 DIVERGENCE_CHECK = 128  # steps between two looks at the loss, each of which waits for the device
-
-
-@dataclass(frozen=True)
-class Row:
-    """What an epoch did: a row of ``metrics.csv``. Errors in percent, times in seconds.
-
-    ``epoch`` counts from 1, ``step`` is the number of steps taken since the start, ``lr`` is that
-    of the last one. Training loss and error are means over the images as they were trained on.
-    ``images_per_second`` counts training only, ``seconds`` the evaluation too. Side by side with
-    others both count what those do meanwhile.
-    """
-
-    epoch: int
-    step: int
-    lr: float
-    train_loss: float
-    train_error: float
-    test_loss: float
-    test_error: float
-    test_wrong: int
-    test_total: int
-    images_per_second: float
-    seconds: float
 
 
 @dataclass
@@ -53,13 +32,14 @@ class Position:
 class Training:
     """A training that can stop after any step and continue from its `state_dict`.
 
-    ``batch_size`` images a step, shared by the processes of the engine's crew; of the last, partial
-    batch ``drop_last`` decides. The order of the images follows from ``seed`` and the epoch.
+    A step takes ``batch_size`` images, shared by the processes of the engine's group;
+    ``drop_last`` leaves out a last, partial batch. The order of the images follows from ``seed``
+    and the epoch.
     """
 
     def __init__(
         self,
-        engine: EagerEngine,
+        engine: Engine,
         train: ResidentData,
         test: ResidentData,
         *,
@@ -129,7 +109,7 @@ class Training:
 
     def _end_epoch(self) -> Row:
         at = self.position
-        loss_sum, wrong = self.engine.take_totals()
+        loss_sum, wrong = self.engine.totals()
         trained = at.epoch_seconds
         started = time.perf_counter()
         test_loss_sum, test_wrong = self.engine.evaluate(self.test)
@@ -152,7 +132,7 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resume needs, as tensors and plain values.
 
-        What each process keeps to itself is gathered, so all of a crew must call this together.
+        What each process keeps to itself is gathered, so all of a group must call this together.
         """
         cuda = self.engine.device.type == "cuda"
         loss_sum, wrong = self.engine.own_totals()
@@ -166,7 +146,7 @@ class Training:
             "position": asdict(self.position),
             "diverged": self.diverged,
             **self.engine.state_dict(),
-            "processes": self.engine.crew.gather(own),
+            "processes": self.engine.process_group.gather(own),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -174,7 +154,7 @@ class Training:
         self.position = Position(**state["position"])
         self.diverged = state["diverged"]
         self.engine.load_state_dict(state)
-        own = state["processes"][self.engine.crew.rank]
+        own = state["processes"][self.engine.process_group.rank]
         self.engine.set_totals(own["loss_sum"], own["wrong"])
         torch.set_rng_state(own["rng"])
         if own["cuda_rng"] is not None:

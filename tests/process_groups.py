@@ -1,4 +1,4 @@
-"""What each process of a crew does in tests/test_distributed.py."""
+"""What each of several processes does in tests/test_distributed.py."""
 
 import os
 import socket
@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gnbench.build import build_training, compose, load_dataset
 from gnbench.norms import SyncBatchNorm
 from gnbench.train import distributed
 from gnbench.train.batches import draw_epoch
 from gnbench.train.engine import Epoch
-from tests import faults, tiny
+from tests import faults
+from tests.trainings import CPU, training
 
 
 def together(function, size, *arguments, store=None):
@@ -28,22 +28,22 @@ def together(function, size, *arguments, store=None):
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
     answers = faults.FORKS.Queue()
-    crew = [
+    processes = [
         faults.FORKS.Process(
-            target=_member, args=(answers, function, rank, size, port, bool(store), arguments)
+            target=_answer, args=(answers, function, rank, size, port, bool(store), arguments)
         )
         for rank in range(size)
     ]
-    for member in crew:
-        member.start()
-    found = dict(answers.get(timeout=120) for _ in crew)
-    for member in crew:
-        member.join(60)
-        assert member.exitcode == 0, found
+    for process in processes:
+        process.start()
+    found = dict(answers.get(timeout=300) for _ in processes)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0, found
     return [found[rank] for rank in range(size)]
 
 
-def _member(answers, function, rank, size, port, kept, arguments):
+def _answer(answers, function, rank, size, port, kept, arguments):
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -53,7 +53,7 @@ def _member(answers, function, rank, size, port, kept, arguments):
         "TORCHELASTIC_USE_AGENT_STORE": str(kept),
     }
     try:
-        answer = function(rank, size, *arguments)
+        answer = function(distributed.process_group(CPU), *arguments)
     except BaseException as error:
         answers.put((rank, repr(error)))
         raise
@@ -62,33 +62,28 @@ def _member(answers, function, rank, size, port, kept, arguments):
         dist.destroy_process_group()
 
 
-def gradients(rank, size, overrides, images):
+def gradients(group, norm, images):
     """Return the gradients and running statistics after one step on the first images."""
-    config = compose(*tiny.OVERRIDES, f"batch_size={16 // size}", *overrides)
-    training = build_training(config, load_dataset(config))
+    one = training(norm, processes=group)
     plan = draw_epoch(0, 0, 48, "flip")
-    training.engine.train_steps(Epoch(training.train, plan, images, first_step=0, steps=1), 0, 1)
-    model = training.engine.model
-    loss, wrong = training.engine.totals()
+    one.engine.train_steps(Epoch(one.train, plan, images, first_step=0, steps=1), 0, 1)
+    loss_sum, wrong = one.engine.totals()
+    model = one.engine.model
     return {
-        "loss": loss,
+        "loss_sum": loss_sum,
         "wrong": wrong,
         **{name: p.grad.tolist() for name, p in model.named_parameters()},
         **{name: b.tolist() for name, b in model.named_buffers()},
     }
 
 
-def normalized(rank, size, shares, momentum):
+def normalized(group, shares, momentum):
     """Return output, gradients and statistics of a `SyncBatchNorm` over unequal shares."""
-    distributed.crew(torch.device("cpu"))
     images = torch.randn(sum(shares), 3, 4, 4, dtype=torch.float64, generator=generator())
     weights = torch.randn(images.shape, dtype=torch.float64, generator=generator())
-    begin = sum(shares[:rank])
-    mine = slice(begin, begin + shares[rank])
-    layer = (
-        SyncBatchNorm(3, momentum=momentum) if size > 1 else nn.BatchNorm2d(3, momentum=momentum)
-    )
-    layer.double()
+    begin = sum(shares[: group.rank])
+    mine = slice(begin, begin + shares[group.rank])
+    layer = (SyncBatchNorm if group.size > 1 else nn.BatchNorm2d)(3, momentum=momentum).double()
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([1.0, -2.0, 3.0]))
     outputs = []
@@ -111,18 +106,28 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
-def agreements(rank, size, signals):
-    """Return after which step a crew heeds the signal that one of it receives at step ``n``."""
-    crew = distributed.crew(torch.device("cpu"))
-    for step in range(1000):
-        number, _ = crew.agree(15 if signals.get(rank, 10**9) <= step else None, save=False)
+def agreements(group, rank, step):
+    """Return after which step all heed the signal that one of them receives at ``step``."""
+    for taken in range(1000):
+        signal = 15 if group.rank == rank and taken >= step else None
+        number, _ = group.agree(signal, save=False)
         if number is not None:
-            return step
+            return taken
     return None
 
 
-def late(rank, size, seconds):
+def beginnings(group, skip):
+    """Return what the others are told: to begin from a state, or that there is a record."""
+    if not group.leads:
+        return group.wait_to_begin()
+    if not skip:
+        group.begin_training({"step": 7})
+    group.skip_training({"status": "completed"})
+    return None
+
+
+def late(group, seconds):
     """Return the sum of the ranks, the last of which comes ``seconds`` late."""
-    if rank == size - 1:
+    if group.rank == group.size - 1:
         time.sleep(seconds)
-    return distributed.crew(torch.device("cpu")).add(torch.tensor(float(rank))).item()
+    return group.add(torch.tensor(float(group.rank))).item()

@@ -1,0 +1,69 @@
+"""Runs → what they show over their seeds."""
+
+from __future__ import annotations
+
+import pandas as pd
+from scipy.special import stdtrit
+
+from gnbench.aggregate.study import CELL, RECORD
+from gnbench.runs.directory import FINISHED
+
+CONFIDENCE = 0.95
+
+
+def differing(table: pd.DataFrame) -> list[str]:
+    """Name the settings beyond the cell and the seed in which runs of ``table`` differ.
+
+    Settings of a norm are compared among runs of that norm, all others among runs of the same
+    dataset and model: what lies between the norms compared must be the same, or be said.
+    """
+    cell = (*RECORD, "dataset.name", "model.name", "norm.name")
+    names = [
+        name
+        for name in table.columns
+        if name not in cell and not name.endswith("._partial_") and _differs(table, name)
+    ]
+    # Of an optimizer, schedule or batch policy that differs by name, what the name implies is said.
+    return sorted(name for name in names if not any(_implies(table, o, name) for o in names))
+
+
+def summarize(table: pd.DataFrame) -> pd.DataFrame:
+    """Summarize runs over their seeds: a row for every cell and every other setting that differs.
+
+    ``test_error_mean`` and ``_std`` in percent (std with n-1); ``ci_low`` and ``ci_high`` are the
+    95 % interval of the mean by Student's t over seeds, empty for a single one. Only runs with a
+    result count, each once though several studies may hold it; ``n_diverged`` of them diverged.
+    """
+    table = table[table["status"].isin(FINISHED)].drop_duplicates("run_id")
+    keys = CELL + differing(table)
+    grouped = table.groupby(keys, dropna=False, sort=True)
+    summary = grouped["test_error"].agg(["size", "mean", "std"]).reset_index()
+    summary.columns = pd.Index([*keys, "n_seeds", "test_error_mean", "test_error_std"])
+    n = summary["n_seeds"]
+    quantile = stdtrit((n - 1).clip(lower=1), (1 + CONFIDENCE) / 2)
+    half = quantile * summary["test_error_std"] / n**0.5
+    summary["ci_low"] = summary["test_error_mean"] - half
+    summary["ci_high"] = summary["test_error_mean"] + half
+    summary["n_diverged"] = grouped["status"].agg(lambda s: int((s == "diverged").sum())).to_numpy()
+    return summary
+
+
+def settings_of(summary: pd.DataFrame) -> list[str]:
+    """Return the settings beyond the cell by which the rows of `summarize` are told apart."""
+    columns = list(summary.columns)
+    return columns[len(CELL) : columns.index("n_seeds")]
+
+
+def _differs(table: pd.DataFrame, name: str) -> bool:
+    if table[name].nunique(dropna=False) < 2:
+        return False
+    scope = CELL[:3] if name.startswith("norm.") else CELL[:2]
+    return bool((table.groupby(scope)[name].nunique(dropna=False) > 1).any())
+
+
+def _implies(table: pd.DataFrame, other: str, name: str) -> bool:
+    """Tell whether ``other`` names the component that ``name`` belongs to, and settles it."""
+    same = other.endswith(".name") and other.partition(".")[0] == name.partition(".")[0]
+    if other == name or not same:
+        return False
+    return bool((table.groupby(other)[name].nunique(dropna=False) == 1).all())

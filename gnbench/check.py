@@ -1,0 +1,171 @@
+"""Can this be trained? Found out without data, memory or a run directory."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import os
+import pkgutil
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from gnbench.build import base_lr, build_optimizer, build_schedule, training_length, trial
+from gnbench.config import COMPONENTS, RunConfig, conf_dir
+from gnbench.errors import ConfigError, one_line
+from gnbench.train import distributed
+from gnbench.train.devices import choose_device, has_native_bf16
+
+# Types of settings in a component's signature that are held against the values; others are not.
+PLAIN = (bool, int, float, str, Path, Sequence[int], Sequence[float], Sequence[str])
+
+
+def compose(*overrides: str, config_dirs: Sequence[str] = ()) -> RunConfig:
+    """Compose and check a run as the command line does: ``compose("norm=gn", "batch_size=2")``.
+
+    ``config_dirs`` are folders of YAML files of one's own, as ``--config-dir`` names one.
+
+    Raises:
+        ConfigError: for a key or value that does not exist or cannot work.
+    """
+    config = RunConfig.parse(composed(*overrides, config_dirs=config_dirs))
+    check(config)
+    check_machine(config)
+    return config
+
+
+def composed(*overrides: str, config_dirs: Sequence[str] = ()) -> DictConfig:
+    """Compose a run, with ``hydra``, what is Hydra's own; nothing is checked yet.
+
+    Raises:
+        ConfigError: for a key that does not exist.
+    """
+    urls = (d if "://" in d else f"file://{Path(d).absolute()}" for d in config_dirs)
+    places = ",".join(f"'{url}'" for url in urls)
+    searched = [f"hydra.searchpath=[{places}]"] if config_dirs else []
+    surrounding = GlobalHydra.instance()
+    application, surrounding.hydra = surrounding.hydra, None  # of the caller, if it is one
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return hydra_compose("config", [*overrides, *searched], return_hydra_config=True)
+    except Exception as error:
+        raise ConfigError(one_line(error)) from error
+    finally:
+        surrounding.hydra = application
+        GlobalHydra.set_instance(surrounding)  # initialize_config_dir has left a copy
+
+
+def config_dirs() -> list[str]:
+    """Return the folders that ``--config-dir`` or ``hydra.searchpath`` gave the running command."""
+    return [
+        f"{source.schema}://{source.path}"
+        for source in HydraConfig.get().runtime.config_sources
+        if source.provider not in ("hydra", "main", "schema")
+    ]
+
+
+@functools.cache
+def check(config: RunConfig) -> None:
+    """Find out whether a run can be trained, on whatever machine.
+
+    The network is built and run without storage (torch's meta device).
+
+    Raises:
+        ConfigError: naming the value that cannot work, and what to do.
+    """
+    for group in COMPONENTS:
+        _check_types(config, group)
+    trial(config)
+    with torch.random.fork_rng(devices=[]):
+        build_optimizer(config, nn.Linear(1, 1))
+    _check_rates(config)
+
+
+def check_machine(config: RunConfig, remote: bool = False) -> None:
+    """Find out whether this machine, and this process, can train a run; if ``remote`` but start it.
+
+    Raises:
+        ConfigError: naming the value that cannot work here, and what to do.
+    """
+    size = distributed.world_size()
+    if size > 1 and "RANK" not in os.environ:
+        raise ConfigError("WORLD_SIZE is set without RANK: start with torchrun, or unset it")
+    if config.processes != size:
+        raise ConfigError(
+            f"processes={config.processes}: this is one of {size}; start torchrun "
+            f"--nproc-per-node={config.processes} -m gnbench and leave processes alone"
+        )
+    if remote:
+        return
+    device = choose_device(config.device)
+    if config.precision == "bf16" and not has_native_bf16(device):
+        raise ConfigError(
+            f"precision=bf16: the {device.type} of this machine computes bf16 in emulation, many "
+            "times more slowly than fp32; choose precision=fp32"
+        )
+
+
+def _check_rates(config: RunConfig) -> None:
+    """Refuse a learning rate that no float holds now, not at the end of the training."""
+    schedule, last = build_schedule(config), training_length(config)[0] - 1
+    try:
+        rates = [base_lr(config) * schedule(step) for step in (0, last)]
+    except OverflowError:
+        rates = [math.inf]
+    if not all(map(math.isfinite, rates)):
+        raise ConfigError(
+            f"optimizer.lr={config.optimizer.lr}, schedule={config.schedule.name}, "
+            f"batch={config.batch.name}: the learning rate becomes infinite; choose a smaller one"
+        )
+
+
+def _check_types(config: RunConfig, group: str) -> None:
+    """Hold the settings of a component against the plain types in its signature.
+
+    Python would take the text of ``model.final_pool=abc`` for true.
+    """
+    component = getattr(config, group)
+    try:
+        target = pkgutil.resolve_name(component.target)
+        signature = inspect.signature(target)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        name = f"{group}._target_={component.target}"
+        raise ConfigError(f"{name}: {one_line(error)}") from error
+    try:
+        called: Any = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+        hints = typing.get_type_hints(called)
+    except Exception:  # of a component that is not ours, such as names that are not there
+        hints = {}
+    for key, value in component.plain().items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{group}.{key}={value}: must be a finite number")
+        hint: Any = hints.get(key)
+        if key not in signature.parameters or not _is_plain(hint):
+            continue
+        try:
+            TypeAdapter(hint).validate_python(value, strict=True)
+        except ValidationError as error:
+            wanted = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
+            wanted = wanted.replace("collections.abc.Sequence", "list")
+            raise ConfigError(f"{group}.{key}={value}: must be of type {wanted}") from error
+
+
+def _is_plain(hint: Any) -> bool:
+    """Tell a type of plain values, or a union of them, from any other."""
+    alternatives = typing.get_args(hint) if _is_union(hint) else (hint,)
+    return all(a in (*PLAIN, type(None)) for a in alternatives)
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, type(int | str))

@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from gnbench.train import devices
+from tests.trainings import CPU
+
+
+def test_flushing_denormal_numbers_changes_no_weight():
+    """Of a weight that has learned once the moments of Adam fade for a thousand steps."""
+    found = []
+    for flush in (True, False):
+        if flush:
+            devices.flush_denormals()
+        elif not torch.set_flush_denormal(False):
+            pytest.skip("this processor does not flush denormal numbers")
+        weights = torch.nn.Parameter(torch.linspace(-1, 1, 64))
+        optimizer = torch.optim.AdamW([weights], fused=True)
+        for step in range(1000):
+            weights.grad = torch.full_like(weights, float(step == 0))
+            optimizer.step()
+        fading = optimizer.state[weights]["exp_avg"]
+        found.append((weights.detach(), ((fading != 0) & (fading.abs() < 1.2e-38)).sum()))
+    (flushed, none), (plain, some) = found
+    assert (none, some) == (0, 64)
+    assert torch.equal(flushed, plain)
+
+
+@pytest.mark.parametrize(("seconds", "native"), [(0.5, True), (2.0, True), (30.0, False)])
+def test_bf16_that_takes_many_times_as_long_as_fp32_is_not_native(monkeypatch, seconds, native):
+    taken = {torch.float32: 1.0, torch.bfloat16: seconds}
+    monkeypatch.setattr(devices, "_seconds", lambda matrix: taken[matrix.dtype])
+    assert devices.has_native_bf16.__wrapped__(CPU) is native
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (torch.OutOfMemoryError("no"), True),
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_which_errors_say_that_there_is_no_memory(error, full):
+    assert devices.is_out_of_memory(error) is full
