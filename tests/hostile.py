@@ -92,7 +92,8 @@ def _command(module, arguments, folder, allowed):
     watch([str(folder / "work" / "outputs"), *allowed], changes)
     sys.argv = [module, *arguments]
     try:
-        importlib.import_module("gnbench.__main__" if module == "gnbench" else module).main()
+        main = "" if module == "gnbench.status" else ".__main__"
+        importlib.import_module(f"{module}{main}").main()
     finally:
         sys.stdout.flush()
         json.dump({"accepted": accepted, "changes": changes}, report)

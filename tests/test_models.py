@@ -6,7 +6,8 @@ from gnbench import ConfigError
 from gnbench.build import build_model
 from gnbench.check import compose
 
-MODELS = ("simplenet", "simplenetv2", "resnet18", "resnet34", "resnet50")
+DEEP = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet34", "resnet50")]
+MODELS = ("simplenet", "simplenetv2", "resnet18", *DEEP)
 NORMS = ("none", "bn", "gn", "ln", "in", "lrn")
 
 

@@ -114,9 +114,8 @@ def check(
     device = choose_device(config.device)
     if max(config.replicas) > MOST_REPLICAS:
         raise ConfigError(f"replicas={config.replicas}: at most {MOST_REPLICAS} go side by side")
-    if len(config.precisions) > 1 and not has_native_bf16(device):
-        emulated = f"gnbench: bf16 is left out: the {device.type} of this machine emulates it"
-        print(emulated, file=sys.stderr)
+    emulated = len(config.precisions) > 1 and not has_native_bf16(device)
+    if emulated:
         config = config.model_copy(update={"precisions": ["fp32"]})
     cases = {}
     axes = (config.datasets, config.models, config.norms, config.batch_sizes)
@@ -129,6 +128,9 @@ def check(
             "epochs=1000000",  # it does not end while it is timed
             config_dirs=folders,
         )
+    if emulated:
+        text = f"gnbench: bf16 is left out: the {device.type} of this machine emulates it"
+        print(text, file=sys.stderr)
     return cases, candidates(config, device.type == "cuda")
 
 
