@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LARGEST_BATCH_MEAN = 500.0  # standard deviations, for 1e-3 of the output
+LARGEST_BATCH_MEAN = 50.0  # standard deviations
 
 
 def group_norm(
@@ -45,7 +45,7 @@ class GroupNorm(nn.GroupNorm):
     the gradient of a group norm but for rounding. Below it the bits are those of torch.
     """
 
-    LARGEST_MEAN = 16.0  # deviations
+    LARGEST_MEAN = 8.0  # deviations; trainings of SimpleNetv2 stay below 3
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize each group of channels of each image of ``input`` (N,C,H,W)."""
@@ -54,7 +54,8 @@ class GroupNorm(nn.GroupNorm):
             return super().forward(input)
         output, mean, scale = self._normalize(input)
         # By numpy: inside a recorded step, torch would take it for a kernel that waits.
-        ratios = mean.detach().numpy() * scale.detach().numpy()
+        with np.errstate(all="ignore"):  # of a training that diverges
+            ratios = mean.detach().numpy() * scale.detach().numpy()
         if np.abs(ratios).max(initial=0.0) > self.LARGEST_MEAN:
             each = self.num_channels // self.num_groups
             shift = mean.detach().repeat_interleave(each, dim=1)
@@ -201,7 +202,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
 def imprecise_statistics(model: nn.Module) -> str | None:
     """Name a batch norm of ``model`` whose mean is too large beside its deviation, with the ratio.
 
-    On a CPU torch computes x·scale + shift: at a ratio of r its output is off by about r · 2e-6.
+    On a CPU torch adds up the values of a channel one by one and computes x·scale + shift, so that
+    the error grows with the ratio and with the values: with 131,072 of a channel, channels last, it
+    is 1e-3 at a ratio of 100 and 0.2 at 500.
     """
     for name, layer in model.named_modules():
         if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None:
