@@ -8,7 +8,6 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -115,7 +114,7 @@ def training_length(config: RunConfig) -> tuple[int, int]:
         epoch_steps = steps_per_epoch(images, config.batch.reference_size)
     else:
         size = config.batch_size * config.processes
-        epoch_steps = steps_per_epoch(images, size, trial(config).drops_last)
+        epoch_steps = steps_per_epoch(images, size, drops_last(config))
     return config.epochs * epoch_steps, epoch_steps
 
 
@@ -187,29 +186,20 @@ def build_training(
         ResidentData(dataset.train_images, dataset.train_labels, mean, std, device),
         ResidentData(dataset.test_images, dataset.test_labels, mean, std, device),
         batch_size=config.batch_size * config.processes,
-        drop_last=trial(config).drops_last,
+        drop_last=drops_last(config),
         total_steps=training_length(config)[0],
         seed=config.seed,
         augmentation=config.dataset.augmentation,
     )
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What trying the network on images without contents has shown.
+def drops_last(config: RunConfig) -> bool:
+    """Try the network on every size of batch; tell whether the last, partial one must go.
 
-    ``drops_last``: it cannot be trained on the last, partial batch of an epoch, which would leave
-    a batch norm one value per channel, or a process no image.
-    """
-
-    drops_last: bool
-
-
-def trial(config: RunConfig) -> Trial:
-    """Try the network of ``config``, once for all seeds, on every size of batch of a run.
-
-    Without storage (on torch's meta device) where the layers allow it, else on a batch of at most
-    two images: what a layer refuses for its size, it refuses at a single value per channel.
+    So it does where that would leave a batch norm one value per channel, or a process no image. The
+    network is tried once for all seeds, without storage (on torch's meta device) where the layers
+    allow it, else on a batch of at most two images: what a layer refuses for its size, it refuses
+    at a single value per channel.
 
     Raises:
         ConfigError: naming what the network refuses, or returns in place of logits.
@@ -218,7 +208,7 @@ def trial(config: RunConfig) -> Trial:
 
 
 @functools.cache
-def _trial(config: RunConfig) -> Trial:
+def _trial(config: RunConfig) -> bool:
     with torch.random.fork_rng(devices=[]):
         for device in ("meta", "cpu"):
             try:
@@ -232,7 +222,7 @@ def _trial(config: RunConfig) -> Trial:
     raise AssertionError("unreachable")
 
 
-def _tried(config: RunConfig, model: nn.Module, device: str) -> Trial:
+def _tried(config: RunConfig, model: nn.Module, device: str) -> bool:
     def run(count: int) -> None:
         count = count if device == "meta" else min(count, 2)
         images = torch.zeros(count, *config.dataset.image, device=device)
@@ -247,19 +237,22 @@ def _tried(config: RunConfig, model: nn.Module, device: str) -> Trial:
             f"{single} normalizes single values, which leaves nothing of them: choose fewer groups,"
             " another norm or larger images"
         )
-    least, drops_last = config.dataset.images % size // config.processes, False
-    if config.dataset.images % size:
+    drops = False
+    if remainder := config.dataset.images % size:
+        least = remainder // config.processes  # images of a process
         try:
-            drops_last = least == 0
-            if not drops_last:
+            drops = least == 0
+            if not drops:
                 run(least)
+        except ConfigError:  # it does not refuse the batch, but returns no logits
+            raise
         except REFUSALS:
-            drops_last = True
+            drops = True
     model.eval()
     tests = config.dataset.test_images
     for count in {min(tests, EVALUATION_CHUNK), tests % EVALUATION_CHUNK} - {0}:
         run(count)
-    return Trial(drops_last)
+    return drops
 
 
 def draws_random_numbers(config: RunConfig) -> bool:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from gnbench.build import base_lr, build_optimizer, build_schedule, training_length, trial
+from gnbench.build import base_lr, build_optimizer, build_schedule, drops_last, training_length
 from gnbench.config import COMPONENTS, RunConfig, conf_dir
 from gnbench.errors import ConfigError, one_line
 from gnbench.train import distributed
@@ -86,7 +86,7 @@ def check(config: RunConfig) -> None:
     """
     for group in COMPONENTS:
         _check_types(config, group)
-    trial(config)
+    drops_last(config)  # tries the network
     with torch.random.fork_rng(devices=[]):
         build_optimizer(config, nn.Linear(1, 1))
     _check_rates(config)

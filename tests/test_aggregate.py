@@ -11,7 +11,7 @@ import pytest
 from gnbench import ConfigError
 from gnbench.aggregate.__main__ import describe, write_studies
 from gnbench.aggregate.figure import STYLES, draw_curves, draw_errors, save
-from gnbench.aggregate.statistics import differing, summarize
+from gnbench.aggregate.statistics import differing, overlap, summarize
 from gnbench.aggregate.study import CELL, published, read_metrics, read_runs, read_study
 from gnbench.check import composed
 from gnbench.config import RunConfig, run_id
@@ -457,3 +457,24 @@ def test_ten_thousand_runs_are_read(tmp_path):
     table = read_study(path).runs
     assert summarize(table)["n_seeds"].tolist() == [10_000]
     assert len(read_metrics(table)) == 300_000
+
+
+@pytest.mark.parametrize(
+    ("errors", "said"),
+    [
+        ({"bn": [10, 12], "gn": [11, 13]}, "overlap at every batch size"),
+        ({"bn": [10.0, 10.01], "gn": [20.0, 20.01]}, "apart at batch size 8;"),
+        ({"bn": [10], "gn": [11, 13]}, "A single seed has no interval"),
+        ({"bn": [10, 12]}, None),
+    ],
+)
+def test_what_the_intervals_show_is_said(errors, said):
+    """By hand: half an interval of two seeds is 12.7 times their deviation over √2."""
+    runs = [
+        {"dataset": "d", "model": "m", "norm": norm, "batch_size": 8, "seed": seed}
+        | {"run_id": f"{norm}{seed}", "status": "completed", "test_error": error}
+        for norm, values in errors.items()
+        for seed, error in enumerate(values)
+    ]
+    found = overlap(summarize(pd.DataFrame(runs)))
+    assert found is None if said is None else said in found

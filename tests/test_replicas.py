@@ -23,6 +23,7 @@ def found(tmp_path, outputs="outputs"):
     return {path.parent.name: measured(path) for path in study.glob("*/metrics.csv")}
 
 
+@pytest.mark.slow
 def test_a_sweep_of_replicas_is_a_grid_of_runs(cli, tmp_path, tiny_config):
     alone = {}
     for config in compose(*THREE).runs():

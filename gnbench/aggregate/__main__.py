@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 
 from gnbench import cli, files
-from gnbench.aggregate.statistics import differing, settings_of, summarize
+from gnbench.aggregate.statistics import differing, overlap, settings_of, summarize
 from gnbench.aggregate.study import Study, published, read_metrics, read_study, short_metrics
 from gnbench.config import Folder, Settings, conf_dir
 from gnbench.config import Study as StudyName
@@ -86,6 +86,8 @@ def describe(study: Study, summary: pd.DataFrame, order: str) -> str:
     for (dataset, model), rows in summary.groupby(["dataset", "model"]):
         title = f"{dataset}, {model}: test error in %, mean ± half its 95 % interval (seeds)"
         parts.append(f"{title}\n{_table(rows, settings_of(summary), order)}")
+        if said := overlap(rows):
+            parts[-1] += f"\n{said}"
     unfinished = study.unfinished[["status", "run_id", "error"]].fillna("")
     unfinished["error"] = unfinished["error"].map(lambda error: error.partition("\n")[0])
     table = tabulate(unfinished.to_numpy().tolist(), (), "plain", disable_numparse=True)

@@ -48,6 +48,23 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     return summary
 
 
+def overlap(summary: pd.DataFrame) -> str | None:
+    """Say where the intervals of a dataset and model lie apart; None where nothing is compared.
+
+    Intervals that overlap do not show that two norms are equal, only that nothing is shown.
+    """
+    compared = {size: rows for size, rows in summary.groupby("batch_size") if len(rows) > 1}
+    if not compared:
+        return None
+    if any(rows["ci_low"].isna().any() for rows in compared.values()):
+        return "A single seed has no interval; more would tell differences from noise."
+    apart = [s for s, rows in compared.items() if rows["ci_low"].max() > rows["ci_high"].min()]
+    if not apart:
+        return "All intervals overlap at every batch size: no difference is shown."
+    sizes = ", ".join(map(str, apart))
+    return f"Some intervals lie apart at batch size {sizes}; elsewhere all overlap."
+
+
 def settings_of(summary: pd.DataFrame) -> list[str]:
     """Return the settings beyond the cell by which the rows of `summarize` are told apart."""
     columns = list(summary.columns)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from gnbench.build import build_model, load_dataset, trial
+from gnbench.build import build_model, drops_last, load_dataset
 from gnbench.config import RunConfig
 from gnbench.datasets import Dataset
 from gnbench.train.devices import choose_device
@@ -40,7 +40,7 @@ class PlainLoop:
             _Pictures(load_dataset(config), config),
             batch_size=config.batch_size,
             shuffle=True,
-            drop_last=trial(config).drops_last,
+            drop_last=drops_last(config),
             num_workers=min(DATA_WORKERS, torch.get_num_threads()),
             prefetch_factor=PREFETCH,
             persistent_workers=True,

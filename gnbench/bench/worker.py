@@ -78,6 +78,7 @@ def end(team: Iterable[Processes]) -> None:
     for child in multiprocessing.active_children():
         child.join(1)
         child.kill()
+        child.join()
 
 
 # What follows is done in such a process.
