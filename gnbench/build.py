@@ -20,6 +20,7 @@ from gnbench import datasets
 from gnbench.config import RunConfig
 from gnbench.datasets import Dataset
 from gnbench.errors import ConfigError, one_line
+from gnbench.norms import BatchGroupNorm
 from gnbench.train import distributed
 from gnbench.train.batches import ResidentData
 from gnbench.train.devices import choose_device, flush_denormals
@@ -281,13 +282,13 @@ def _check_logits(config: RunConfig, logits: object, count: int, training: bool)
 def _watch_statistics(model: nn.Module) -> Callable[[], str]:
     """Have group norms looked at; what is returned names one whose groups hold a single value.
 
-    torch refuses such a batch or instance norm by itself, but this only for a single image.
+    torch refuses such a batch or instance norm by itself, a group norm only for a single image.
     """
     found: list[str] = []
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...], _: object) -> None:
         groups: Any = getattr(module, "num_groups", None) or getattr(module, "groups", None)
-        if inputs[0][0].numel() == groups:
+        if inputs[0][0].numel() == groups and not isinstance(module, BatchGroupNorm):
             found.append(f"{type(module).__name__}({groups} groups) on {tuple(inputs[0].shape)}")
 
     for module in model.modules():

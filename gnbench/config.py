@@ -144,6 +144,7 @@ class ModelConfig(Component):
 class NormConfig(Component):
     """A normalization layer (``conf/norm``); ``momentum: null`` is a cumulative average."""
 
+    images: Count | None = None
     eps: Positive | None = None
     momentum: Fraction | None = None
 
@@ -252,6 +253,11 @@ class RunConfig(Settings):
             )
         if self.seed > LARGEST + 1 - self.replicas:
             raise ValueError(f"seed={self.seed}: must be at most {LARGEST + 1 - self.replicas}")
+        if (self.norm.images or 1) > self.batch_size:
+            raise ValueError(
+                f"norm.images={self.norm.images}: a batch has batch_size={self.batch_size} images; "
+                f"choose at most {self.batch_size}"
+            )
         most = self.dataset.images // self.processes
         if self.batch_size > most:
             by = f" for {self.processes} processes" if self.processes > 1 else ""

@@ -6,7 +6,7 @@ Those that torch already has with channels first (``BatchNorm2d``, ``InstanceNor
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -70,6 +70,74 @@ class GroupNorm(nn.GroupNorm):
         return torch.native_group_norm(
             x, self.weight, self.bias, n, c, h * w, self.num_groups, self.eps
         )
+
+
+def batch_group_norm(
+    channels: int,
+    images: int,
+    channels_per_group: int | Literal["all"] = 1,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    affine: bool = True,
+) -> nn.Module:
+    """Batch group normalization (Summers & Dinneen 2020, arXiv 1906.03548).
+
+    Statistics are taken over ``images`` images and ``channels_per_group`` channels. One image is
+    group normalization (with one channel IN, with all LN), which is what is returned then; one
+    channel is Ghost BN (Hoffer et al. 2017, algorithm 1), or BN when a batch has ``images`` images.
+
+    Raises:
+        ValueError: if ``images`` is not at least 1 or ``channels_per_group`` does not divide
+            ``channels``.
+    """
+    each = channels if channels_per_group == "all" else channels_per_group
+    groups = _groups(channels, None, each)
+    if images < 1:
+        raise ValueError(f"images={images} must be at least 1")
+    if images == 1:
+        return GroupNorm(groups, channels, eps, affine)
+    return BatchGroupNorm(groups, channels, images, eps, momentum, affine)
+
+
+class BatchGroupNorm(nn.Module):
+    """Torch's BatchNorm of every ``images`` images of a batch in turn, over groups of channels.
+
+    The images of a batch are taken in their order; what the last, smaller chunk holds is normalized
+    by its own statistics. Each chunk moves the running statistics once, as a batch of BN does: at
+    the same momentum they remember as many images as those of BN at that batch size. In eval mode
+    they normalize every image.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        images: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+    ) -> None:
+        super().__init__()
+        self.images = images
+        self.num_groups = num_groups
+        alone = num_groups == num_channels  # a channel a group: BN has γ and β itself
+        self.bn = nn.BatchNorm2d(num_groups, eps, momentum, affine and alone)
+        own = affine and not alone
+        self.weight = nn.Parameter(torch.ones(num_channels)) if own else None
+        self.bias = nn.Parameter(torch.zeros(num_channels)) if own else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize each group of channels of each chunk of ``x`` (N,C,H,W)."""
+        n, c, h, w = x.shape
+        if self.num_groups < c:  # the channels of a group become rows of one channel
+            x = x.reshape(n, self.num_groups, c // self.num_groups * h, w)
+        chunks = torch.split(x, self.images) if self.training else (x,)
+        normalized = [self.bn(chunk) for chunk in chunks]
+        x = torch.cat(normalized) if len(normalized) > 1 else normalized[0]
+        x = x.reshape(n, c, h, w)
+        if self.weight is None or self.bias is None:
+            return x
+        return x * self.weight.view(1, c, 1, 1) + self.bias.view(1, c, 1, 1)
 
 
 class ReferenceGroupNorm(nn.Module):

@@ -6,6 +6,7 @@ from gnbench.norms import (
     LocalResponseNorm,
     ReferenceGroupNorm,
     SyncBatchNorm,
+    batch_group_norm,
     group_norm,
     imprecise_statistics,
 )
@@ -240,3 +241,86 @@ def test_local_response_norm_is_torchs(size, x):
     for out in outputs:
         out.pow(3).sum().backward()
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+
+
+def of_batch_group(images, channels_per_group=1, **settings):
+    return randomized(batch_group_norm(12, images, channels_per_group, **settings))
+
+
+@pytest.mark.parametrize(
+    ("images", "each", "corner"),
+    [
+        (1, 1, lambda: nn.InstanceNorm2d(12, affine=True)),
+        (1, "all", lambda: nn.GroupNorm(1, 12)),
+        (1, 4, lambda: nn.GroupNorm(3, 12)),
+        (4, 1, lambda: nn.BatchNorm2d(12)),
+        (9, 1, lambda: nn.BatchNorm2d(12)),  # more than the batch holds
+    ],
+    ids=["IN", "LN", "GN", "BN", "BN of a smaller batch"],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_corners_of_batch_group_norm_are_torchs_layers(images, each, corner, training, x):
+    layers = [of_batch_group(images, each), randomized(corner())]
+    outputs = []
+    for layer in layers:
+        layer(x + 1)  # moves the running statistics
+        layer.train(training)
+        inputs = x.clone().requires_grad_()
+        output = layer(inputs)
+        output.pow(3).sum().backward()
+        gradients = [p.grad for p in layer.parameters()]
+        outputs.append([output, inputs.grad, *gradients])
+    for ours, torchs in zip(*outputs, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-10, atol=1e-10)
+
+
+def test_ghost_bn_is_a_loop_over_torchs_batch_norm(x):
+    """Also in its running statistics, which every chunk moves once; the last chunk is smaller."""
+    x = torch.cat([x, x.flip(0) + 1, x[:1] - 2])  # nine images: four, four and one
+    ghost, torchs = of_batch_group(4), randomized(nn.BatchNorm2d(12))
+    torch.testing.assert_close(
+        ghost(x), torch.cat([torchs(x[:4]), torchs(x[4:8]), torchs(x[8:])]), rtol=0, atol=0
+    )
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(ghost.bn, name), getattr(torchs, name), rtol=0, atol=0)
+    torch.testing.assert_close(ghost.eval()(x), torchs.eval()(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_group_norm_against_hand_arithmetic(affine, x):
+    """Two images and four channels: moments of each block by Python's own arithmetic."""
+    norm = of_batch_group(2, 4, affine=affine, momentum=None)
+    expected, means = torch.empty_like(x), []
+    for n in (0, 2):
+        for c in (0, 4, 8):
+            block = x[n : n + 2, c : c + 4]
+            flat = block.flatten().tolist()
+            mean = sum(flat) / len(flat)
+            variance = sum((v - mean) ** 2 for v in flat) / len(flat)
+            expected[n : n + 2, c : c + 4] = (block - mean) / (variance + 1e-5) ** 0.5
+            means.append(mean)
+    scale = torch.linspace(-1, 2, 12).double().view(1, 12, 1, 1)  # as in `randomized`
+    expected = expected * scale + scale if affine else expected
+    torch.testing.assert_close(norm(x), expected, rtol=1e-9, atol=1e-9)
+    averaged = torch.tensor(means, dtype=torch.float64).view(2, 3).mean(dim=0)
+    torch.testing.assert_close(norm.bn.running_mean, averaged, rtol=1e-9, atol=1e-9)
+    # In eval mode each image has the running statistics of its groups of channels.
+    mean = norm.bn.running_mean.repeat_interleave(4).view(1, 12, 1, 1)
+    variance = norm.bn.running_var.repeat_interleave(4).view(1, 12, 1, 1)
+    alone = (x[:1] - mean) / (variance + 1e-5).sqrt()
+    alone = alone * scale + scale if affine else alone
+    torch.testing.assert_close(norm.eval()(x[:1]), alone, rtol=1e-9, atol=1e-9)
+
+
+def test_a_last_chunk_of_single_values_is_refused_as_by_batch_norm():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        batch_group_norm(12, 2)(torch.zeros(3, 12, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("images", "each", "words"),
+    [(0, 1, "images=0 must be at least 1"), (2, 5, "channels_per_group=5 does not divide 12")],
+)
+def test_batch_group_norm_refuses_what_it_cannot_do(images, each, words):
+    with pytest.raises(ValueError, match=words):
+        batch_group_norm(12, images, each)

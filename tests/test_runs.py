@@ -11,9 +11,10 @@ import torch
 from gnbench import build
 from gnbench.errors import ConfigError, DataError, Interrupted, LockedError
 from gnbench.runs import directory, open_run
-from gnbench.runs.directory import RunDirectory
+from gnbench.runs.directory import RunDirectory, read_correct
 from gnbench.runs.runner import run
 from gnbench.train.engine import EagerEngine
+from tests import tiny
 from tests.conftest import measured
 
 
@@ -31,7 +32,9 @@ def test_a_run_directory_holds_what_the_contract_says(tiny_config):
     record = run(config)
     folder = config.run_dir
     files = {p.name for p in folder.iterdir()}
-    assert files == {"run.json", "metrics.csv", "model.pt", "gnbench.log", ".lock"}
+    assert files == {
+        "run.json", "metrics.csv", "model.pt", "correct.npy", "gnbench.log", ".lock",
+    }  # fmt: skip
     assert record == json.loads((folder / "run.json").read_text())
     assert set(record) == {
         "status", "config", "seed", "error", "result", "versions", "device", "engine",
@@ -55,6 +58,18 @@ def test_a_run_directory_holds_what_the_contract_says(tiny_config):
     }
     model = build.build_model(config)
     model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
+    # Whether each test image was right, one at a time and by hand.
+    data = tiny.dataset()
+    images = (data.test_images / 255 - 0.2860) / 0.3530
+    with torch.inference_mode():
+        right = [
+            model.eval()(image.movedim(2, 0)[None]).argmax().item() == label
+            for image, label in zip(images, data.test_labels.tolist(), strict=True)
+        ]
+    correct = read_correct(folder / "correct.npy", total=20)
+    assert correct.tolist() == right
+    assert 20 - sum(right) == int(rows[-1].split(",")[7])
+    assert (folder / "correct.npy").stat().st_size == 128 + 3
 
 
 def test_a_complete_run_is_not_trained_again_unless_asked(tiny_config, caplog):

@@ -17,6 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from gnbench import files
 from gnbench.errors import DamagedError
 from gnbench.files import explained
@@ -43,6 +46,7 @@ class RunDirectory:
         self.metrics_path = self.path / "metrics.csv"
         self.log_path = self.path / "gnbench.log"
         self.model_path = self.path / "model.pt"
+        self.correct_path = self.path / "correct.npy"
         self.checkpoint_path = self.path / "checkpoint.pt"
 
     @contextmanager
@@ -121,7 +125,13 @@ class RunDirectory:
     def clear(self) -> None:
         """Remove what an earlier training left, except the log."""
         # The record before what it vouches for: killed in between, the run is trained again.
-        for path in (self.checkpoint_path, self.record_path, self.metrics_path, self.model_path):
+        for path in (
+            self.checkpoint_path,
+            self.record_path,
+            self.metrics_path,
+            self.correct_path,
+            self.model_path,
+        ):
             with explained(path):
                 path.unlink(missing_ok=True)
 
@@ -152,6 +162,12 @@ class RunDirectory:
         if not isinstance(state, dict):
             raise DamagedError(f"{self.checkpoint_path} is not a checkpoint")
         return state
+
+    def save_correct(self, correct: npt.NDArray[np.bool_]) -> None:
+        """Replace ``correct.npy`` atomically: a bit a test image, eight to a byte."""
+        buffer = io.BytesIO()
+        np.save(buffer, np.packbits(correct), allow_pickle=False)
+        files.replace(self.correct_path, buffer.getbuffer())
 
     def save_model(self, weights: Mapping[str, Any]) -> None:
         """Replace ``model.pt`` atomically, with tensors that any machine can load."""
@@ -196,6 +212,22 @@ def read_record(path: str | Path) -> dict[str, Any]:
     ):
         raise DamagedError(f"{path} is not the record of a run")
     return record
+
+
+def read_correct(path: str | Path, total: int) -> npt.NDArray[np.bool_]:
+    """Read a ``correct.npy``: for each of ``total`` test images whether the run was right (bool).
+
+    Raises:
+        FileNotFoundError: if there is none.
+        DamagedError: if it is not one of so many images.
+    """
+    try:
+        packed = np.load(path, allow_pickle=False)
+        if packed.dtype != np.uint8 or packed.shape != (-(-total // 8),):
+            raise ValueError(f"it is {packed.dtype} {packed.shape}")
+    except (ValueError, EOFError) as error:
+        raise DamagedError(f"{path} does not hold {total} bits ({error})") from error
+    return np.unpackbits(packed, count=total).astype(bool)
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, float]]:

@@ -108,6 +108,7 @@ class OpenRun:
                     self._warn_of_rounding(said)
                 self._heartbeat.step = training.position.step
                 progress.show(row)
+        self._directory.save_correct(training.engine.correct(training.test).numpy())
         self._directory.save_model(training.engine.model.state_dict())
 
     def close(self, status: str, error: str | None = None) -> None:

@@ -142,6 +142,21 @@ class EagerEngine:
             self._count(F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels)
         self.model.train()
 
+    @torch.inference_mode()
+    def correct(self, data: ResidentData) -> Tensor:
+        """Return for every image in its order whether the network is right (bool, on the CPU).
+
+        In eval mode, by this process alone, with its buffers and in the chunks of `evaluate`.
+        """
+        self.model.eval()
+        chunks = []
+        for start in range(0, len(data), EVALUATION_CHUNK):
+            inputs, labels = data.chunk(start, start + EVALUATION_CHUNK)
+            with self._autocast():
+                chunks.append(self.model(inputs).argmax(dim=1) == labels)
+        self.model.train()
+        return torch.cat(chunks).cpu()
+
     def take_totals(self) -> tuple[float, int]:
         """Return `totals` and start again from zero."""
         totals = self.totals()

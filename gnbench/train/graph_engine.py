@@ -98,6 +98,10 @@ class GraphEngine:
             self._replay(lambda: group.do_alone(self, key, work), work)
         return self.plain.take_totals()
 
+    def correct(self, data: ResidentData) -> Tensor:
+        self._settle()
+        return self.plain.correct(data)
+
     def totals(self) -> tuple[float, int]:
         self._settle()
         return self.plain.totals()
