@@ -267,6 +267,20 @@ class RunConfig(Settings):
             )
         return self
 
+    @classmethod
+    def recorded(cls, config: Mapping[str, Any]) -> RunConfig:
+        """Take over the ``config`` of a ``run.json``, also of one older than some settings.
+
+        Raises:
+            ConfigError: with a line for every setting that cannot work.
+        """
+        settings = dict(config)
+        for group in COMPONENTS:
+            own = settings.get(group)
+            if isinstance(own, Mapping):
+                settings[group] = {**LATER.get(str(own.get("_target_")), {}), **own}
+        return cls.parse(settings)
+
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """The settings that make the run the run it is, as plain values."""

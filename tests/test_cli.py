@@ -43,7 +43,7 @@ def test_a_single_run_then_aggregate(cli, tmp_path):
     done = cli(*tiny.OVERRIDES, "norm=gn", "batch_size=2", check=0)
     [directory] = (tmp_path / "outputs" / "default").glob("tiny-simplenetv2-gn-bs2-seed0-*")
     files = {p.name for p in directory.iterdir()}
-    assert files == {"run.json", "metrics.csv", "model.pt", "gnbench.log", ".lock"}
+    assert files == {"run.json", "metrics.csv", "model.pt", "correct.npy", "gnbench.log", ".lock"}
     assert "epoch 2/2" in done.stderr
     assert "completed" in (directory / "gnbench.log").read_text()
     # A console that has no γ or –.

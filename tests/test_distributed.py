@@ -163,7 +163,7 @@ def test_torchrun_trains_one_run_and_only_rank_0_writes(tmp_path, cli):
     both = by_norm["gn", "default"].parent
     assert records[by_norm["gn", "default"]]["config"]["processes"] == 2
     assert {p.name for p in both.iterdir()} == {
-        "run.json", "metrics.csv", "model.pt", "gnbench.log", ".lock",
+        "run.json", "metrics.csv", "model.pt", "correct.npy", "gnbench.log", ".lock",
     }  # fmt: skip
     joint = measured(by_norm["gn", "alone"].parent / "metrics.csv")
     for row, expected in zip(measured(both / "metrics.csv"), joint, strict=True):

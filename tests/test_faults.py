@@ -21,7 +21,7 @@ from tests.conftest import environment, measured
 
 pytestmark = pytest.mark.slow
 RUN = (*tiny.OVERRIDES, "norm=bn", "batch_size=24", "model.dropout=0.1", "checkpoint_seconds=0")
-FILES = {"run.json", "metrics.csv", "model.pt", "gnbench.log", ".lock"}
+FILES = {"run.json", "metrics.csv", "model.pt", "correct.npy", "gnbench.log", ".lock"}
 
 
 def outcome(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,6 +84,12 @@ class ResidentData:
         if plan.flip is not None:
             images = torch.where(plan.flip[where][:, None, None, None], images.flip(2), images)
         return self._normalize(images), self.labels[index]
+
+    def reordered(self, order: Tensor) -> ResidentData:
+        """Return the same data with its images in another order (int64, N)."""
+        other = copy.copy(self)
+        other.images, other.labels = self.images[order], self.labels[order]
+        return other
 
     def chunk(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return inputs and labels of the images ``start`` to ``stop`` as they are stored."""

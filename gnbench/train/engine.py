@@ -75,7 +75,7 @@ class EagerEngine:
         self.optimizer = optimizer
         self.base_lr = base_lr
         self.schedule = schedule
-        self.bf16 = precision == "bf16"
+        self.precision = precision
         self.device = device
         self.process_group = process_group or ProcessGroup()
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -142,20 +142,15 @@ class EagerEngine:
             self._count(F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels)
         self.model.train()
 
-    @torch.inference_mode()
     def correct(self, data: ResidentData) -> Tensor:
         """Return for every image in its order whether the network is right (bool, on the CPU).
 
-        In eval mode, by this process alone, with its buffers and in the chunks of `evaluate`.
+        In eval mode, by this process alone and with its buffers.
         """
         self.model.eval()
-        chunks = []
-        for start in range(0, len(data), EVALUATION_CHUNK):
-            inputs, labels = data.chunk(start, start + EVALUATION_CHUNK)
-            with self._autocast():
-                chunks.append(self.model(inputs).argmax(dim=1) == labels)
+        correct = find_correct(self.model, data, self.precision)
         self.model.train()
-        return torch.cat(chunks).cpu()
+        return correct
 
     def take_totals(self) -> tuple[float, int]:
         """Return `totals` and start again from zero."""
@@ -196,10 +191,7 @@ class EagerEngine:
         self.wrong += (logits.argmax(dim=1) != labels).sum()
 
     def _autocast(self) -> torch.autocast:
-        # Every weight is used once a pass, and what a cache keeps a CUDA graph would not renew.
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False
-        )
+        return autocast(self.precision, self.device)
 
     def _choose_network(self, inputs: Tensor, labels: Tensor) -> Network:
         """Return the compiled network if there is one that works for batches of this size.
@@ -225,6 +217,29 @@ class EagerEngine:
                 self._compiled = None
             before.restore()
         return self._network if self._compiled is None else self._compiled
+
+
+@torch.inference_mode()
+def find_correct(
+    network: Network, data: ResidentData, precision: str, chunk: int = EVALUATION_CHUNK
+) -> Tensor:
+    """Return for every image in its order whether ``network`` is right (bool, on the CPU).
+
+    ``chunk`` images go through it at a time; it is in the mode in which it is given.
+    """
+    correct = []
+    for start in range(0, len(data), chunk):
+        inputs, labels = data.chunk(start, start + chunk)
+        with autocast(precision, inputs.device):
+            correct.append(network(inputs).argmax(dim=1) == labels)
+    return torch.cat(correct).cpu()
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Have products computed in bf16 where ``precision`` says so."""
+    # Every weight is used once a pass, and what a cache keeps a CUDA graph would not renew.
+    enabled = precision == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 def _compile(network: nn.Module) -> Network:
