@@ -68,6 +68,9 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimize
     Raises:
         ConfigError: if the optimizer refuses its settings.
     """
+    settings = config.optimizer.arguments()
+    if config.batch.decay_rule != "none":
+        settings["weight_decay"] = weight_decay(config)
     parameters: Any = list(model.parameters())
     if not config.optimizer.decay_norm_and_bias:
         parameters = [
@@ -75,7 +78,7 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimize
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
     try:
-        factory = instantiate(config.optimizer.arguments(), _convert_="all")
+        factory = instantiate(settings, _convert_="all")
         # The fused step is torch's own; at small batches the optimizer is a third of the time.
         fused = {"fused": True} if "fused" in inspect.signature(factory.func).parameters else {}
         optimizer: torch.optim.Optimizer = factory(parameters, **fused)
@@ -99,10 +102,24 @@ def build_schedule(config: RunConfig) -> Callable[[int], float]:
 
 
 def base_lr(config: RunConfig) -> float:
-    """Apply the rule of ``conf/batch`` to ``optimizer.lr``, for the batch of all processes."""
-    ratio = config.batch_size * config.processes / config.batch.reference_size
+    """Apply the rule of ``conf/batch`` to ``optimizer.lr``."""
+    ratio = config.sgd_batch / config.batch.reference_size
     rules = {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}
     return float(config.optimizer.lr * rules[config.batch.lr_rule])
+
+
+def weight_decay(config: RunConfig) -> float:
+    """Apply the rule of ``conf/batch`` to ``optimizer.weight_decay``.
+
+    A step of AdamW shrinks the weights by lr · decay (Loshchilov & Hutter 2019): ``per_step`` keeps
+    that product as it is at ``batch.reference_size``; ``per_epoch`` keeps lr · decay · steps an
+    epoch, so that the decay forgets over as many epochs at every batch size.
+    """
+    decay = config.optimizer.weight_decay or 0.0
+    ratio = config.sgd_batch / config.batch.reference_size
+    rules = {"none": 1.0, "per_step": config.optimizer.lr / base_lr(config)}
+    rules["per_epoch"] = rules["per_step"] * ratio
+    return decay * rules[config.batch.decay_rule]
 
 
 def training_length(config: RunConfig) -> tuple[int, int]:
@@ -114,8 +131,7 @@ def training_length(config: RunConfig) -> tuple[int, int]:
     if config.batch.fixed == "steps":
         epoch_steps = steps_per_epoch(images, config.batch.reference_size)
     else:
-        size = config.batch_size * config.processes
-        epoch_steps = steps_per_epoch(images, size, drops_last(config))
+        epoch_steps = steps_per_epoch(images, config.sgd_batch, drops_last(config))
     return config.epochs * epoch_steps, epoch_steps
 
 
@@ -172,6 +188,7 @@ def build_training(
         device,
         process_group=processes,
         compiled=config.compile and processes.size == 1,
+        images_a_pass=config.batch_size,
     )
     replicas = replicas or replicas_for(config, device)
     if replicas:
@@ -186,7 +203,7 @@ def build_training(
         engine,
         ResidentData(dataset.train_images, dataset.train_labels, mean, std, device),
         ResidentData(dataset.test_images, dataset.test_labels, mean, std, device),
-        batch_size=config.batch_size * config.processes,
+        batch_size=config.sgd_batch,
         drop_last=drops_last(config),
         total_steps=training_length(config)[0],
         seed=config.seed,
@@ -230,7 +247,6 @@ def _tried(config: RunConfig, model: nn.Module, device: str) -> bool:
         _check_logits(config, model(images), count, model.training)
 
     statistics = _watch_statistics(model)
-    size = config.batch_size * config.processes
     model.train()
     run(config.batch_size)
     if single := statistics():
@@ -239,12 +255,12 @@ def _tried(config: RunConfig, model: nn.Module, device: str) -> bool:
             " another norm or larger images"
         )
     drops = False
-    if remainder := config.dataset.images % size:
+    if remainder := config.dataset.images % config.sgd_batch:
         least = remainder // config.processes  # images of a process
         try:
             drops = least == 0
-            if not drops:
-                run(least)
+            if last := least % config.batch_size:  # of its last forward pass
+                run(last)
         except ConfigError:  # it does not refuse the batch, but returns no logits
             raise
         except REFUSALS:

@@ -32,8 +32,9 @@ COMPONENTS = ("model", "norm", "dataset", "optimizer", "schedule")
 IDENTITY = (*GROUPS, "batch_size", "epochs", "precision", "seed")
 # Settings that came after runs had been trained, with the value that means what was done before: at
 # that value they are no part of the identity, so that those runs keep their names.
-LATER: dict[str, dict[str, Any]] = {
+LATER: dict[str, dict[str, Any]] = {  # by the component's _target_, else by the group
     "gnbench.models.SimpleNetV2": {"channels": [32, 64, 128], "hidden": 1024},
+    "batch": {"accumulate": 1, "decay_rule": "none"},
 }
 LARGEST = 2**63 - 1  # of the integers that torch takes
 MOST_REPLICAS = 1000
@@ -212,8 +213,10 @@ class BatchConfig(Settings):
     """How the rest of the recipe answers to the batch size (``conf/batch``)."""
 
     name: Name
+    accumulate: Count
     fixed: Literal["epochs", "steps"]
     lr_rule: Literal["none", "linear", "sqrt"]
+    decay_rule: Literal["none", "per_step", "per_epoch"]
     reference_size: Count
 
 
@@ -259,27 +262,33 @@ class RunConfig(Settings):
                 f"choose at most {self.batch_size}"
             )
         most = self.dataset.images // self.processes
-        if self.batch_size > most:
-            by = f" for {self.processes} processes" if self.processes > 1 else ""
+        if self.batch_size * self.batch.accumulate > most:
+            by = f" batch.accumulate={self.batch.accumulate}" if self.batch.accumulate > 1 else ""
+            by += f" for {self.processes} processes" if self.processes > 1 else ""
             raise ValueError(
                 f"batch_size={self.batch_size}{by} is larger than the training set "
-                f"({self.dataset.images} images of {self.dataset.name}): choose at most {most}"
+                f"({self.dataset.images} images of {self.dataset.name}): choose at most "
+                f"{most // self.batch.accumulate or f'batch.accumulate={most}'}"
+            )
+        if self.batch.decay_rule != "none" and self.optimizer.weight_decay is None:
+            raise ValueError(
+                f"batch.decay_rule={self.batch.decay_rule}: optimizer={self.optimizer.name} has no "
+                "weight_decay; choose batch.decay_rule=none or optimizer=adamw"
             )
         return self
 
+    @model_validator(mode="before")
     @classmethod
-    def recorded(cls, config: Mapping[str, Any]) -> RunConfig:
-        """Take over the ``config`` of a ``run.json``, also of one older than some settings.
+    def _as_before(cls, config: Any) -> Any:
+        """Add what a record, or a file of one's own, is too old to name."""
+        if not isinstance(config, Mapping):
+            return config
+        return {key: _with_later(key, value) for key, value in config.items()}
 
-        Raises:
-            ConfigError: with a line for every setting that cannot work.
-        """
-        settings = dict(config)
-        for group in COMPONENTS:
-            own = settings.get(group)
-            if isinstance(own, Mapping):
-                settings[group] = {**LATER.get(str(own.get("_target_")), {}), **own}
-        return cls.parse(settings)
+    @property
+    def sgd_batch(self) -> int:
+        """The images of an SGD step, of all its forward passes and processes."""
+        return self.batch_size * self.batch.accumulate * self.processes
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -322,14 +331,30 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("processes", 1) > 1:  # a run on one has the name it had before there were several
         settings["processes"] = int(config["processes"])
     settings["dataset"].pop("root", None)
-    for group in COMPONENTS:
-        later = LATER.get(settings[group]["_target_"], {})
+    for group in GROUPS:
+        later = _later(group, settings[group])
         settings[group] = {
             key: value
             for key, value in settings[group].items()
             if key not in later or value != later[key]
         }
     return settings
+
+
+def all_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity of a run, also of an older one, with the settings that came later."""
+    return {key: _with_later(key, value) for key, value in identity(config).items()}
+
+
+def _later(group: str, settings: Any) -> dict[str, Any]:
+    target = settings.get("_target_") if isinstance(settings, Mapping) else None
+    return LATER.get(str(target), {}) if group in COMPONENTS else LATER.get(group, {})
+
+
+def _with_later(group: str, settings: Any) -> Any:
+    if not isinstance(settings, Mapping):
+        return settings
+    return {**settings, **{k: v for k, v in _later(group, settings).items() if k not in settings}}
 
 
 def run_id(config: Mapping[str, Any] | RunConfig) -> str:

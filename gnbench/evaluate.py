@@ -302,7 +302,7 @@ def _finished(study: Path) -> tuple[list[Finished], dict[str, list[str]]]:
             if record["status"] != "completed":
                 left_out.setdefault("not completed", []).append(path.parent.name)
                 continue
-            config = RunConfig.recorded(record["config"])
+            config = RunConfig.parse(record["config"])
             weights = hashlib.sha256(run_dir.model_path.read_bytes()).hexdigest()[:8]
             runs.append((config, run_dir, weights))
         except FileNotFoundError:

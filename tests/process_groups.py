@@ -62,9 +62,9 @@ def _answer(answers, function, rank, size, port, kept, arguments):
         dist.destroy_process_group()
 
 
-def gradients(group, norm, images):
+def gradients(group, norm, images, images_a_pass=None):
     """Return the gradients and running statistics after one step on the first images."""
-    one = training(norm, processes=group)
+    one = training(norm, processes=group, images_a_pass=images_a_pass)
     plan = draw_epoch(0, 0, 48, "flip")
     one.engine.train_steps(Epoch(one.train, plan, images, first_step=0, steps=1), 0, 1)
     loss_sum, wrong = one.engine.totals()

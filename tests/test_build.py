@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from gnbench.build import build_optimizer, build_training, load_dataset
+from gnbench.build import (
+    base_lr,
+    build_optimizer,
+    build_training,
+    load_dataset,
+    training_length,
+)
 from tests.trainings import rows
 
 RESNET = ("model=resnet18", "model.stem=imagenet", "batch_size=47")
@@ -86,3 +92,39 @@ def test_an_epoch_s_learning_rate_is_that_of_its_schedule(tiny_config):
     factors = [0.5 * (1 + math.cos(math.pi * epoch / 3)) for epoch in range(3)]
     training = start(tiny_config("epochs=3", "schedule.per=epoch"))
     assert [row.lr for row in rows(training)] == pytest.approx([1e-3 * f for f in factors])
+
+
+DECLINE = ("batch_size=64", "batch.reference_size=2", "dataset.train_images=640")
+
+
+@pytest.mark.parametrize(
+    ("lr_rule", "decay_rule", "lr", "decay"),
+    [
+        ("none", "per_step", 1e-3, 0.01),
+        ("none", "per_epoch", 1e-3, 0.32),
+        ("sqrt", "per_step", 1e-3 * 32**0.5, 0.01 / 32**0.5),
+        ("sqrt", "per_epoch", 1e-3 * 32**0.5, 0.32 / 32**0.5),
+        ("sqrt", "none", 1e-3 * 32**0.5, 0.01),
+    ],
+)
+@pytest.mark.parametrize("passes", [("batch_size=64",), ("batch_size=4", "batch.accumulate=16")])
+def test_the_rules_of_learning_rate_and_decay(tiny_config, lr_rule, decay_rule, lr, decay, passes):
+    """By hand: 32 times the reference batch has a 32nd of its steps in an epoch."""
+    rules = (f"batch.lr_rule={lr_rule}", f"batch.decay_rule={decay_rule}")
+    config = tiny_config(*DECLINE, *rules, *passes)
+    optimizer = build_optimizer(config, torch.nn.Linear(1, 1))
+    assert base_lr(config) == pytest.approx(lr)
+    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(decay)
+    assert training_length(config) == (20, 10)  # two epochs of 640 / 64 SGD steps
+
+
+def test_a_run_accumulates_as_its_configuration_says(tiny_config):
+    """The rows of one step of 24 images at a time, in passes of 3, and of two epochs."""
+    parts = start(tiny_config("norm=gn", "batch_size=3", "batch.accumulate=8", "optimizer=sgd"))
+    whole = start(tiny_config("norm=gn", "batch_size=24", "optimizer=sgd"))
+    sizes = []
+    parts.engine.model.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    for one, other in zip(rows(parts), rows(whole), strict=True):
+        assert (one.step, one.lr) == (other.step, other.lr)
+        assert one.train_loss == pytest.approx(other.train_loss, rel=1e-4)
+    assert sizes == 2 * [*16 * [3], 20]

@@ -82,7 +82,8 @@ def test_every_yaml_composes_into_a_run_that_can_be_trained(file):
 
 
 def test_no_yaml_is_forgotten():
-    others = {"config.yaml", "aggregate.yaml", "status.yaml", "bench.yaml", "bench_quick.yaml"}
+    commands = ("config", "aggregate", "status", "evaluate", "bench", "bench_quick")
+    others = {f"{command}.yaml" for command in commands}
     assert all(f.parts[0] in (*GROUPS, "hydra") or str(f) in others for f in FILES)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for name in sorted(others):
@@ -192,6 +193,12 @@ def test_a_config_is_a_value():
 
 BAD = {
     "batch_size=0": "batch_size=0: must be at least 1",
+    "batch.accumulate=0": "batch.accumulate=0: must be at least 1",
+    "batch_size=64 batch.accumulate=1000": "batch_size=64 batch.accumulate=1000 is larger.*most 50",
+    "batch.decay_rule=per_year": "batch.decay_rule='per_year': choose one of none, per_step, per_",
+    "batch.decay_rule=per_step optimizer.weight_decay=null": "optimizer=adamw has no weight_decay",
+    "norm=ghost_bn batch_size=8": "norm.images=16: a batch has batch_size=8 images; .* most 8",
+    "norm=bgn norm.channels_per_group=5": "channels_per_group=5 does not divide 32 channels",
     "batch_size=-2": "batch_size=-2: must be at least 1",
     "batch_size=abc": "batch_size=abc: must be an integer",
     "batch_size=50001": r"batch_size=50001 is larger than the training set \(50000 images",

@@ -48,6 +48,15 @@ def test_the_gradients_are_those_of_one_process_with_the_joint_batch(norm):
 
 
 @pytest.mark.slow
+def test_accumulated_gradients_are_averaged_once_also_after_unequal_passes():
+    """13 images are 7 and 6: two forward passes in one process, three in the other."""
+    [alone] = together(process_groups.gradients, 1, "gn", 13)
+    for one in together(process_groups.gradients, 2, "gn", 13, 3):
+        assert difference(flat(one), flat(alone)) < 1e-5
+        assert one["wrong"] == alone["wrong"]
+
+
+@pytest.mark.slow
 def test_plain_batch_norm_normalizes_over_each_process_alone():
     """As Wu & He do; so its gradients are not those of the joint batch."""
     [alone] = together(process_groups.gradients, 1, "bn", 16)

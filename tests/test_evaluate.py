@@ -278,5 +278,5 @@ def test_a_record_older_than_a_setting_is_read_with_what_was_done_then():
     config = compose("norm=bn")
     record = config.plain()
     old = {**record, "model": {k: v for k, v in record["model"].items() if k != "hidden"}}
-    assert RunConfig.recorded(old).run_id == config.run_id
-    assert RunConfig.recorded(old).model.get("hidden") == 1024
+    assert RunConfig.parse(old).run_id == config.run_id
+    assert RunConfig.parse(old).model.get("hidden") == 1024

@@ -31,6 +31,7 @@ RECIPES = [
     {"dropout": 0.5},
     {"precision": "bf16"},
     {"total_steps": 25, "drop_last": True},
+    {"images_a_pass": 2},
 ]
 
 

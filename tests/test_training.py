@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gnbench.norms import batch_group_norm
 from gnbench.train.batches import draw_epoch
 from tests.trainings import (
     MEAN,
@@ -53,6 +54,38 @@ def test_the_step_is_the_plain_pytorch_step(batch_size):
         value = ours.engine.model.state_dict()[name]
         torch.testing.assert_close(value, plain, rtol=1e-3, atol=1e-5)
         assert not torch.equal(plain, initial[name]), f"{name} never moved"
+
+
+@pytest.mark.parametrize("norm", ["gn", "in", "ln", "lrn", "none"])
+def test_accumulated_gradients_take_the_steps_of_the_whole_batch(norm):
+    """Passes of three images make steps of 20, 20 and 8: the last groups are smaller."""
+    settings = {"optimizer": "sgd", "lr": 0.02, "batch_size": 20}
+    whole, parts = training(norm, **settings), training(norm, **settings, images_a_pass=3)
+    for one, other in zip(rows(whole), rows(parts), strict=True):
+        assert (one.step, one.test_wrong) == (other.step, other.test_wrong)
+        assert other.train_loss == pytest.approx(one.train_loss, rel=1e-5)
+        assert other.train_error == one.train_error
+    for name, value in whole.engine.model.state_dict().items():
+        other = parts.engine.model.state_dict()[name]
+        torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("batch_size", [16, 20])  # 48 images: three whole steps; two and a part
+def test_accumulated_batch_norm_is_ghost_batch_norm(batch_size):
+    """Over as many images, with its running statistics; over the whole batch it is another."""
+    settings = {"optimizer": "sgd", "lr": 0.02, "batch_size": batch_size}
+    accumulated = training("bn", **settings, images_a_pass=2)
+    ghost = training(lambda channels: batch_group_norm(channels, images=2), **settings)
+    for one, other in zip(rows(accumulated), rows(ghost), strict=True):
+        assert (one.step, one.test_wrong) == (other.step, other.test_wrong)
+        assert other.train_loss == pytest.approx(one.train_loss, rel=1e-5)
+    weights = ghost.engine.model.state_dict().values()
+    for (name, value), other in zip(
+        accumulated.engine.model.state_dict().items(), weights, strict=True
+    ):
+        torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-5, msg=name)
+    whole = rows(training("bn", **settings))
+    assert whole[-1].train_loss != pytest.approx(one.train_loss, rel=1e-3)
 
 
 def test_a_last_partial_batch_can_be_left_out():

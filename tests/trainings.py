@@ -82,6 +82,7 @@ def training(
     group=None,
     compiled=False,
     processes=None,
+    images_a_pass=None,
 ):
     """Seed and build a training; one of a replica ``group`` has the graph engine."""
     steps = total_steps or epochs * steps_per_epoch(48, batch_size, drop_last)
@@ -100,6 +101,7 @@ def training(
         device,
         process_group=processes,
         compiled=compiled,
+        images_a_pass=images_a_pass,
     )
     return Training(
         GraphEngine(engine, group) if group else engine,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from gnbench.config import identity, run_id
+from gnbench.config import all_settings, run_id
 from gnbench.errors import ConfigError, DamagedError
 from gnbench.runs.directory import FINISHED, read_record
 from gnbench.sweep.plan import find_studies, read_plans
@@ -149,7 +149,7 @@ def published(source: str) -> pd.DataFrame:
 def _row(study: str, run_dir: Path) -> dict[str, Any]:
     """Return a row of ``results.csv`` for a run directory."""
     record = read_record(run_dir / "run.json")
-    settings = identity(record["config"])
+    settings = all_settings(record["config"])
     result, versions = record.get("result") or {}, record.get("versions") or {}
     known = {
         **record,

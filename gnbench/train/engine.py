@@ -7,6 +7,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +51,8 @@ class EagerEngine:
 
     Nothing in a step asks the device for a value: loss and errors add up in ``loss_sum``
     (float64) and ``wrong`` (int64). In a group of several processes each takes its share of a
-    batch, and the gradients are those of the mean over the whole batch.
+    batch, and the gradients are those of the mean over the whole batch. A process whose share is
+    more than ``images_a_pass`` takes it in several forward passes, whose gradients add up.
 
     With ``compiled`` the network goes through torch.compile for its training steps. If that fails
     for a size of batch the training goes on without, and one line says why. Evaluation is never
@@ -70,12 +72,14 @@ class EagerEngine:
         *,
         process_group: ProcessGroup | None = None,
         compiled: bool = False,
+        images_a_pass: int | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.base_lr = base_lr
         self.schedule = schedule
         self.precision = precision
+        self.images_a_pass = images_a_pass
         self.device = device
         self.process_group = process_group or ProcessGroup()
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -108,16 +112,22 @@ class EagerEngine:
         self, inputs: Tensor, labels: Tensor, lr: float | Tensor, weight: float = 1
     ) -> None:
         """Take a step on a batch: inputs n,C,H,W, labels n; the loss times ``weight`` counts."""
-        network = self._choose_network(inputs, labels)
+        size = self.images_a_pass or len(labels)
+        passes = list(zip(torch.split(inputs, size), torch.split(labels, size), strict=True))
+        networks = [self._choose_network(*images) for images in passes]
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with self._autocast():
-            logits = network(inputs)
-        loss = F.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad()
-        (loss if weight == 1 else weight * loss).backward()  # type: ignore[no-untyped-call]
+        for network, (images, classes) in zip(networks, passes, strict=True):
+            last = images is passes[-1][0]
+            with self._averaging(last):
+                with self._autocast():
+                    logits = network(images)
+                loss = F.cross_entropy(logits.float(), classes)
+                share = weight * len(classes) / len(labels)
+                (loss if share == 1 else share * loss).backward()  # type: ignore[no-untyped-call]
+            self._count(loss.detach() * len(classes), logits.detach(), classes)
         self.optimizer.step()
-        self._count(loss.detach() * len(labels), logits.detach(), labels)
 
     def evaluate(self, data: ResidentData) -> tuple[float, int]:
         """Return the summed loss and the number of errors over every image once, in eval mode.
@@ -189,6 +199,13 @@ class EagerEngine:
     def _count(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
         self.loss_sum += loss_sum
         self.wrong += (logits.argmax(dim=1) != labels).sum()
+
+    def _averaging(self, last: bool) -> AbstractContextManager[None]:
+        """Have the processes average their gradients in the ``last`` pass of a step alone."""
+        if last or not isinstance(self._network, DistributedDataParallel):
+            return nullcontext()
+        context: AbstractContextManager[None] = self._network.no_sync()
+        return context
 
     def _autocast(self) -> torch.autocast:
         return autocast(self.precision, self.device)
