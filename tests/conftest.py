@@ -16,6 +16,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the networks of the tests are too small to share
 
 
+# A fault that its test causes in another variant already.
+variant = pytest.mark.skipif(
+    os.environ.get("GNBENCH_FAULTS", "1") == "1", reason="a variant; GNBENCH_FAULTS=2 runs it"
+)
+
+
 def environment(**more):
     """Return the environment of a command; None as a value removes one."""
     found = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
@@ -33,6 +39,11 @@ def started(folder, *command, env=None, **options):
 def measured(metrics):
     """Return the rows of a metrics.csv without their times."""
     return [line.split(",")[:9] for line in metrics.read_text().splitlines()]
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Have one worker more than cores for the slow tests: they wait half of the time."""
+    return (os.cpu_count() or 1) + 1 if config.option.markexpr == "slow" else None
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.conftest import ROOT, environment, measured, started
+from tests.conftest import ROOT, environment, measured, started, variant
 
 HEAVY = ("torch", "torchvision", "pandas", "matplotlib")
 
@@ -159,10 +159,13 @@ def test_a_sweep_that_cannot_be_run_again_says_so_and_fails(cli, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=variant)],
+    ids=["Ctrl-C", "SIGTERM"],
 )
 def test_an_interrupted_sweep_resumes_and_ends_as_if_it_never_was(cli, tmp_path, number, code):
-    sweep = ("-m", *tiny.OVERRIDES, "norm=bn,gn", "epochs=100", "dataset.augmentation=none")
+    long = ("norm=bn,gn", "epochs=100", "dataset.augmentation=none")
+    sweep = ("-m", *tiny.OVERRIDES, *tiny.SMALL, *long)
     process = started(tmp_path, "gnbench", *sweep)
     until = time.monotonic() + 120
     while not list(tmp_path.rglob("metrics.csv")) and time.monotonic() < until:

@@ -14,7 +14,7 @@ from gnbench.check import check_machine, compose
 from gnbench.errors import ConfigError
 from gnbench.train.distributed import AGREE_STEPS, ProcessGroup
 from tests import process_groups, tiny
-from tests.conftest import measured, started
+from tests.conftest import measured, started, variant
 from tests.process_groups import together
 
 JOINT_NORMS = ("syncbn", "gn", "ln", "in", "lrn", "none")
@@ -224,7 +224,7 @@ def workers(launcher):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=variant)])
 def test_a_killed_process_is_restarted_and_all_resume(tmp_path, undisturbed, rank):
     launcher = torchrun(tmp_path, *LONG, options=["--max-restarts=1"])
     metrics = under_way(tmp_path)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.conftest import ROOT, environment, measured, started
+from tests.conftest import ROOT, environment, measured, started, variant
 
 pytestmark = [
     pytest.mark.slow,
@@ -188,16 +188,22 @@ def killer(root=None): os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize(
-    ("deadly", "left"),
-    [
-        ("model._target_=deadly.Bad,deadly.Good,gnbench.models.SimpleNetV2", "stale"),
-        # Before there is a run directory.
-        ("dataset._target_=deadly.killer,deadly.dataset,tests.tiny.dataset", "missing"),
-    ],
-    ids=["in training", "before it"],
+IN_TRAINING = ("model._target_=deadly.Bad,deadly.Good,gnbench.models.SimpleNetV2", "stale")
+BEFORE_IT = (  # before there is a run directory
+    "dataset._target_=deadly.killer,deadly.dataset,tests.tiny.dataset",
+    "missing",
 )
-@pytest.mark.parametrize("launcher", PLUGINS)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "deadly", "left"),
+    [
+        ("joblib", *IN_TRAINING),
+        ("ray", *BEFORE_IT),
+        pytest.param("joblib", *BEFORE_IT, marks=variant),
+        pytest.param("ray", *IN_TRAINING, marks=variant),
+    ],
+)
 def test_only_the_cell_that_kills_its_workers_is_lost(tmp_path, launcher, deadly, left):
     (tmp_path / "deadly.py").write_text(DEADLY)
     sweep = Sweep(tmp_path, launcher, deadly, TWO[launcher])
@@ -213,8 +219,8 @@ def test_only_the_cell_that_kills_its_workers_is_lost(tmp_path, launcher, deadly
     [
         ("joblib", signal.SIGINT, 130, True),
         ("joblib", signal.SIGTERM, 143, False),
-        ("joblib", signal.SIGTERM, 143, True),
-        ("ray", signal.SIGINT, 130, True),
+        pytest.param("joblib", signal.SIGTERM, 143, True, marks=variant),
+        pytest.param("ray", signal.SIGINT, 130, True, marks=variant),
         ("ray", signal.SIGTERM, 143, False),
     ],
 )

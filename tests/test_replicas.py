@@ -43,7 +43,7 @@ def test_a_sweep_of_replicas_is_a_grid_of_runs(cli, tmp_path, tiny_config):
 @pytest.mark.slow
 def test_interrupted_replicas_go_on_where_they_were(cli, tmp_path):
     """The first one complete, the second one interrupted, the third one not begun."""
-    command = (*THREE, "epochs=60")
+    command = (*THREE, *tiny.SMALL, "epochs=100")
     process = started(tmp_path, "gnbench", *command)
     for line in process.stderr:
         if "seed6" in line:

@@ -14,11 +14,11 @@ import time
 import pytest
 
 from tests import tiny
-from tests.conftest import environment, measured, started
+from tests.conftest import environment, measured, started, variant
 from tests.slurm_cluster import UnavailableError, cluster
 
 pytestmark = pytest.mark.slow
-LONG = ("-m", *tiny.OVERRIDES, "epochs=100")  # long enough to be caught in the middle
+LONG = ("-m", *tiny.OVERRIDES, *tiny.SMALL, "epochs=200")  # long enough to be caught in the middle
 SLURM = (
     "hydra/launcher=submitit_slurm",
     "hydra.launcher.cpus_per_task=1",
@@ -136,15 +136,19 @@ def test_a_requeued_run_ends_as_if_it_never_was(slurm, start, whole, tmp_path, c
     log = (directory / "gnbench.log").read_text()
     assert log.count("interrupted; the same command resumes it") == 1
     assert log.count("resumes after step") == 1
-    epochs = re.findall(r"epoch (\d+)/100 ", log)
-    assert epochs == [str(n + 1) for n in range(100)]  # not one of them twice
+    epochs = re.findall(r"epoch (\d+)/200 ", log)
+    assert epochs == [str(n + 1) for n in range(200)]  # not one of them twice
     assert measured(directory / "metrics.csv") == whole
     said = (tmp_path / f"outputs/default/.submitit/{name}/{name}_0_log.out").read_text()
     for word in words:
         assert word in said
 
 
-@pytest.mark.parametrize("partition", ["low", "lowest"], ids=["grace time", "no grace time"])
+@pytest.mark.parametrize(
+    "partition",
+    ["low", pytest.param("lowest", marks=variant)],
+    ids=["grace time", "no grace time"],
+)
 def test_a_preempted_run_gives_way_and_resumes(slurm, start, whole, tmp_path, partition):
     outputs = tmp_path / "outputs"
     process = start(*LONG, *SLURM, "norm=bn,gn", f"hydra.launcher.partition={partition}")
@@ -161,7 +165,7 @@ def test_a_preempted_run_gives_way_and_resumes(slurm, start, whole, tmp_path, pa
         log = path.read_text()
         assert log.count("interrupted; the same command resumes it") == 1
         assert log.count("resumes after step") == 1
-        assert re.findall(r"epoch (\d+)/100 ", log) == [str(n + 1) for n in range(100)]
+        assert re.findall(r"epoch (\d+)/200 ", log) == [str(n + 1) for n in range(200)]
     assert measured(directory / "metrics.csv") == whole
 
 

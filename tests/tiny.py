@@ -19,6 +19,9 @@ OVERRIDES = (
     "progress=lines",
 )
 
+# With 8,000 weights in place of 300,000: for tests that train for long or save often.
+SMALL = ("model.channels=[16,16,16]", "model.hidden=16")
+
 COLOURS = (
     "dataset=cifar10",
     "dataset._target_=tests.tiny.colours",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
 import hydra
 import pandas as pd
@@ -13,11 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 
 from gnbench import cli, files
-from gnbench.aggregate.statistics import differing, overlap, settings_of, summarize
+from gnbench.aggregate.statistics import differing, settings_of, summarize
 from gnbench.aggregate.study import Study, published, read_metrics, read_study, short_metrics
-from gnbench.config import Folder, Settings, conf_dir
+from gnbench.config import Count, Folder, Settings, conf_dir
 from gnbench.config import Study as StudyName
 from gnbench.sweep.plan import find_studies
+
+if TYPE_CHECKING:
+    from gnbench.aggregate.verdict import Panel
 
 
 class FigureConfig(Settings):
@@ -26,6 +30,8 @@ class FigureConfig(Settings):
     order: Literal["ascending", "descending"]
     baseline: str | None
     reference: str | None
+    against: str
+    registered: list[Count]
 
 
 class AggregateConfig(Settings):
@@ -57,7 +63,7 @@ def aggregate(config: AggregateConfig) -> list[Study]:
     look = config.figure
     values = None if look.reference is None else published(look.reference)
     studies = [read_study(path) for path in find_studies(config.outputs, config.study)]
-    from gnbench.aggregate import figure  # imports matplotlib: not for --help
+    from gnbench.aggregate import figure, verdict  # import matplotlib: not for --help
 
     for study in studies:
         if values is not None and study.runs.merge(values, on=["dataset", "model"]).empty:
@@ -65,8 +71,13 @@ def aggregate(config: AggregateConfig) -> list[Study]:
             study.problems.append(problem)
         summary, metrics = summarize(study.runs), read_metrics(study.runs)
         study.notes += short_metrics(study.finished, metrics)
-        for name, table in (("results.csv", study.runs), ("summary.csv", summary)):
-            files.replace(study.path / name, table.to_csv(index=False).encode(errors="replace"))
+        panels = verdict.panels(study.runs, settings_of(summary), look.against, look.registered)
+        tables = {"results.csv": study.runs, "summary.csv": summary}
+        tables["comparisons.csv"] = verdict.comparison_table(panels)
+        texts = {name: table.to_csv(index=False) for name, table in tables.items()}
+        texts["verdict.md"] = verdict.markdown(study.path.name, panels)
+        for name, text in texts.items():
+            files.replace(study.path / name, text.encode(errors="replace"))
         if not summary.empty:
             errors = figure.draw_errors(summary, study.finished, look.order, look.baseline, values)
             for suffix in ("png", "svg", "pdf"):
@@ -76,18 +87,24 @@ def aggregate(config: AggregateConfig) -> list[Study]:
             metrics = metrics.merge(study.runs[["run_id", *settings]], on="run_id")
             curves = figure.draw_curves(metrics, settings, look.order)
             figure.save(curves, study.path / "curves.png")
-        print(describe(study, summary, look.order))
+        print(describe(study, summary, look.order, panels))
     return studies
 
 
-def describe(study: Study, summary: pd.DataFrame, order: str) -> str:
-    """Put a study into words: a table for every dataset and model, then what is not in it."""
+def describe(
+    study: Study,
+    summary: pd.DataFrame,
+    order: str,
+    panels: Mapping[tuple[str, str], Panel] = MappingProxyType({}),
+) -> str:
+    """Put a study into words: tables, what they show, and what is not in it."""
     parts = [f"study {study.path.name}: {len(study.finished)} finished runs in {study.path}"]
     for (dataset, model), rows in summary.groupby(["dataset", "model"]):
-        title = f"{dataset}, {model}: test error in %, mean ± half its 95 % interval (seeds)"
+        title = f"{dataset}, {model}: test error in %, mean ± half its pooled 95 % interval (seeds)"
         parts.append(f"{title}\n{_table(rows, settings_of(summary), order)}")
-        if said := overlap(rows):
-            parts[-1] += f"\n{said}"
+        panel = panels.get((str(dataset), str(model)))
+        if panel is not None and (said := panel.sentences()):
+            parts.append("\n".join(said))
     unfinished = study.unfinished[["status", "run_id", "error"]].fillna("")
     unfinished["error"] = unfinished["error"].map(lambda error: error.partition("\n")[0])
     table = tabulate(unfinished.to_numpy().tolist(), (), "plain", disable_numparse=True)
@@ -108,8 +125,8 @@ def _table(rows: pd.DataFrame, settings: Sequence[str], order: str) -> str:
     lines: dict[str, dict[int, str]] = {}
     for _, row in sort_norms(rows).iterrows():
         text = f"{row['test_error_mean']:.2f}"
-        if row["n_seeds"] > 1:
-            text += f" ± {row['ci_high'] - row['test_error_mean']:.2f}"
+        if not pd.isna(row["pooled_high"]):
+            text += f" ± {row['pooled_high'] - row['test_error_mean']:.2f}"
         text += f" ({row['n_seeds']})"
         if row["n_diverged"]:
             text += f" {row['n_diverged']} diverged"

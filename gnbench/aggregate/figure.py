@@ -43,10 +43,10 @@ def draw_errors(
 ) -> Figure:
     """Draw test error (%) against batch size, a panel for every dataset and model.
 
-    Each line is a norm (and whatever else differs): its mean over seeds, the 95 % interval as a
-    band, each seed as a faint point. A model named ``baseline`` that has a single cell is a dashed
-    gray line in the panels of its dataset. ``reference`` (of `published`) is
-    overlaid as hollow markers, its baseline as a dotted line.
+    Each line is a norm (and whatever else differs): its mean over seeds, the pooled 95 % interval
+    as a band, each seed as a faint point. A model named ``baseline`` that has a single cell is a
+    dashed gray line in the panels of its dataset. ``reference`` (of `published`) is overlaid as
+    hollow markers, its baseline as a dotted line.
     """
     settings = settings_of(summary)
     cells = summary.groupby(["dataset", "model"])["norm"].transform("size")
@@ -60,7 +60,7 @@ def draw_errors(
             line = line.sort_values("batch_size")
             sizes, mean = line["batch_size"], line["test_error_mean"]
             axis.plot(sizes, mean, label=label, zorder=3, **style)
-            low, high = line["ci_low"].fillna(mean), line["ci_high"].fillna(mean)
+            low, high = line["pooled_low"].fillna(mean), line["pooled_high"].fillna(mean)
             axis.fill_between(sizes, low, high, color=style["color"], alpha=0.18, linewidth=0)
             seeds = finished.merge(line[[*CELL, *settings]])
             if len(seeds) > len(line):
@@ -73,12 +73,16 @@ def draw_errors(
             label = f"{row['model']} {line_label(row, settings)}, batch size {row['batch_size']}"
             dashed: dict[str, Any] = {"color": BASELINE, "linestyle": "--", "label": label}
             axis.axhline(row["test_error_mean"], zorder=1, **dashed)
-            if not pd.isna(row["ci_low"]):
-                axis.axhspan(row["ci_low"], row["ci_high"], color=BASELINE, alpha=0.1, linewidth=0)
+            if not pd.isna(row["pooled_low"]):
+                span = (row["pooled_low"], row["pooled_high"])
+                axis.axhspan(*span, color=BASELINE, alpha=0.1, linewidth=0)
         batch_size_axis(axis, ticks, order)
         axis.set_title(f"{dataset}, {model}")
         axis.set_ylabel("test error (%)")
-        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+        longest = max(len(label) for label in axis.get_legend_handles_labels()[1])
+        columns = 2 if longest <= 24 else 1  # or it would be wider than its panel
+        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
+        axis.legend(fontsize="small", ncols=columns, **below)
     return figure
 
 
@@ -195,11 +199,16 @@ def _overlay(
     values = of_dataset[of_dataset["model"] == model]
     for _, row in of_dataset[of_dataset["model"] == baseline].iterrows():
         if model != baseline and not values.empty:
-            label = f"{baseline} {str(row['norm']).upper()}, {row['source']}"
+            label = f"{baseline} {str(row['norm']).upper()}, {_source(row)}"
             axis.axhline(row["test_error"], color=BASELINE, linestyle=":", label=label, zorder=1)
     for norm, line in sort_norms(values).groupby("norm", sort=False):
         colour, marker = STYLES.get(str(norm), MORE_STYLES[0])
-        label = f"{str(norm).upper()}, {line['source'].iloc[0]}"
+        label = f"{str(norm).upper()}, {_source(line.iloc[0])}"
         hollow: dict[str, Any] = {"color": colour, "markerfacecolor": "none", "label": label}
         axis.plot(line["batch_size"], line["test_error"], marker, zorder=2, **hollow)
     return set(values["batch_size"])
+
+
+def _source(row: Any) -> str:
+    """Name the source of a published value, and whether it was corrected."""
+    return f"{row['source']}{' (corrected)' if row['corrected'] else ''}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 from scipy.special import stdtrit
 
+from gnbench.aggregate.compare import CONFIDENCE, Cell, pool
 from gnbench.aggregate.study import CELL, RECORD
 from gnbench.runs.directory import FINISHED
-
-CONFIDENCE = 0.95
 
 
 def differing(table: pd.DataFrame) -> list[str]:
@@ -31,8 +32,10 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     """Summarize runs over their seeds: a row for every cell and every other setting that differs.
 
     ``test_error_mean`` and ``_std`` in percent (std with n-1); ``ci_low`` and ``ci_high`` are the
-    95 % interval of the mean by Student's t over seeds, empty for a single one. Only runs with a
-    result count, each once though several studies may hold it; ``n_diverged`` of them diverged.
+    95 % interval of the mean by Student's t over seeds, empty for a single one; ``pooled_low`` and
+    ``pooled_high`` that by the variance of all cells of the network (`compare.pool`). Only runs
+    with a result count, each once though several studies may hold it; ``n_diverged`` of them
+    diverged.
     """
     table = table[table["status"].isin(FINISHED)].drop_duplicates("run_id")
     keys = CELL + differing(table)
@@ -45,24 +48,25 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     summary["ci_low"] = summary["test_error_mean"] - half
     summary["ci_high"] = summary["test_error_mean"] + half
     summary["n_diverged"] = grouped["status"].agg(lambda s: int((s == "diverged").sum())).to_numpy()
+    cells = pd.Series(
+        [
+            Cell(rows["test_error"].to_numpy(float), bool((rows["status"] == "diverged").any()))
+            for _, rows in grouped
+        ],
+        dtype=object,
+    )
+    summary["pooled_low"] = summary["pooled_high"] = math.nan
+    for _, rows in summary.groupby(["dataset", "model"]):
+        own = cells[rows.index]
+        pooled = pool(list(own))
+        if pooled is None:
+            continue
+        for i, cell in own.items():
+            if not cell.diverged:
+                half_width = pooled.half(cell)
+                summary.loc[i, "pooled_low"] = cell.mean - half_width
+                summary.loc[i, "pooled_high"] = cell.mean + half_width
     return summary
-
-
-def overlap(summary: pd.DataFrame) -> str | None:
-    """Say where the intervals of a dataset and model lie apart; None where nothing is compared.
-
-    Intervals that overlap do not show that two norms are equal, only that nothing is shown.
-    """
-    compared = {size: rows for size, rows in summary.groupby("batch_size") if len(rows) > 1}
-    if not compared:
-        return None
-    if any(rows["ci_low"].isna().any() for rows in compared.values()):
-        return "A single seed has no interval; more would tell differences from noise."
-    apart = [s for s, rows in compared.items() if rows["ci_low"].max() > rows["ci_high"].min()]
-    if not apart:
-        return "All intervals overlap at every batch size: no difference is shown."
-    sizes = ", ".join(map(str, apart))
-    return f"Some intervals lie apart at batch size {sizes}; elsewhere all overlap."
 
 
 def settings_of(summary: pd.DataFrame) -> list[str]:
