@@ -82,7 +82,7 @@ def test_every_yaml_composes_into_a_run_that_can_be_trained(file):
 
 
 def test_no_yaml_is_forgotten():
-    commands = ("config", "aggregate", "status", "evaluate", "bench", "bench_quick")
+    commands = ("config", "aggregate", "status", "evaluate", "memory", "bench", "bench_quick")
     others = {f"{command}.yaml" for command in commands}
     assert all(f.parts[0] in (*GROUPS, "hydra") or str(f) in others for f in FILES)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):

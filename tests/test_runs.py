@@ -38,7 +38,7 @@ def test_a_run_directory_holds_what_the_contract_says(tiny_config):
     assert record == json.loads((folder / "run.json").read_text())
     assert set(record) == {
         "status", "config", "seed", "error", "result", "versions", "device", "engine",
-        "started", "seconds", "peak_memory_bytes",
+        "started", "seconds", "peak_memory_bytes", "activation_bytes",
     }  # fmt: skip
     assert record["status"] == "completed"
     assert record["versions"]["torch"] == torch.__version__.split("+")[0]

@@ -212,3 +212,20 @@ def _overlay(
 def _source(row: Any) -> str:
     """Name the source of a published value, and whether it was corrected."""
     return f"{row['source']}{' (corrected)' if row['corrected'] else ''}"
+
+
+def draw_memory(table: pd.DataFrame) -> Figure:
+    """Draw the MiB of activations (rows of ``memory.csv``) against batch size, a line a norm."""
+    figure, [axis] = grid(1, width=4.8, height=4.4)
+    table = table.assign(mebibytes=table["activation_bytes"] / 2**20)
+    for line, label, style in _lines(table, [], set(table["norm"])):
+        axis.plot(line["batch_size"], line["mebibytes"], label=label, **style)
+        if line["peak_bytes"].notna().all():
+            peak = {**style, "linestyle": ":", "label": f"{label}, peak of the device"}
+            axis.plot(line["batch_size"], line["peak_bytes"] / 2**20, **peak)
+    batch_size_axis(axis, set(table["batch_size"]), "ascending")
+    axis.set_yscale("log", base=2)
+    axis.set_ylabel("activations held for the backward pass (MiB)")
+    axis.set_title(", ".join(table.iloc[0][["dataset", "model", "precision"]]))
+    axis.legend(fontsize="small", ncols=2)
+    return figure

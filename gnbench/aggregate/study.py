@@ -23,6 +23,7 @@ from gnbench.train.row import METRICS
 CELL = ["dataset", "model", "norm", "batch_size"]
 VERSIONS = ["gnbench", "torch", "python"]
 NUMBERS = ["test_error", "test_error_final", "epochs_done", "seconds", "peak_memory_bytes"]
+NUMBERS += ["activation_bytes"]
 TEXTS = ["device", "engine", *VERSIONS, "started", "error"]
 RECORD = ["study", "run_id", "status", *CELL, "seed", *NUMBERS, *TEXTS, "directory"]
 PUBLISHED = Path(__file__).parents[1] / "data" / "published.csv"

@@ -77,6 +77,7 @@ class OpenRun:
             "started": runs.now(),
             "seconds": 0.0,
             "peak_memory_bytes": None,
+            "activation_bytes": None,
         }
         directory.write_record(self.record)
 
@@ -91,6 +92,7 @@ class OpenRun:
         """
         training = self._training = self._prepared(processes, said)
         self.record["engine"] = training.engine.name
+        self.record["activation_bytes"] = training.activation_bytes()
         self._directory.write_record(self.record)
         _announce(self._config, training, said)
         self._saved = time.monotonic()

@@ -162,6 +162,30 @@ class EagerEngine:
         self.model.train()
         return correct
 
+    def activation_bytes(self, inputs: Tensor, labels: Tensor) -> int:
+        """Return the bytes that a forward pass on a batch holds for the backward pass.
+
+        Counted by what autograd saves (``torch.autograd.graph.saved_tensors_hooks``), each storage
+        once, without weights and buffers: exact on any device, before what kernels need besides.
+        Statistics and random numbers are afterwards as before.
+        """
+        before = Snapshot(list(self.model.buffers()), self.device)
+        own = {t.untyped_storage().data_ptr() for t in self.model.state_dict().values()}
+        held: dict[int, torch.UntypedStorage] = {}  # the storages stay, or an address comes twice
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                held[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with self._autocast():
+                logits = self.model(inputs)
+            F.cross_entropy(logits.float(), labels.clone())  # not a view of all labels there are
+        before.restore()
+        return sum(storage.nbytes() for storage in held.values())
+
     def take_totals(self) -> tuple[float, int]:
         """Return `totals` and start again from zero."""
         totals = self.totals()

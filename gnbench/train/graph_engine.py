@@ -39,6 +39,7 @@ class GraphEngine:
         self.plain = plain
         self.model = plain.model
         self.device = plain.device
+        self.images_a_pass = plain.images_a_pass
         self.process_group = plain.process_group
         self.learning_rate = plain.learning_rate
         for settings in plain.optimizer.param_groups:
@@ -97,6 +98,10 @@ class GraphEngine:
         if self._is_warm(group, key, work):
             self._replay(lambda: group.do_alone(self, key, work), work)
         return self.plain.take_totals()
+
+    def activation_bytes(self, inputs: Tensor, labels: Tensor) -> int:
+        self._settle()
+        return self.plain.activation_bytes(inputs, labels)
 
     def correct(self, data: ResidentData) -> Tensor:
         self._settle()

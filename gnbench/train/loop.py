@@ -84,6 +84,16 @@ class Training:
             at.epoch_seconds = resumed_after + time.perf_counter() - started
             yield self._end_epoch()
 
+    def activation_bytes(self) -> int | None:
+        """Return what a forward pass of this training holds for the backward pass, in bytes.
+
+        None in a group of several processes, whose layers may have to exchange something.
+        """
+        if self.engine.process_group.size > 1:
+            return None
+        size = self.engine.images_a_pass or self.batch_size
+        return self.engine.activation_bytes(*self.train.chunk(0, size))
+
     def _is_over(self) -> bool:
         at_an_end = self.position.epoch_step == 0
         return self.diverged or (at_an_end and self.position.step >= self.total_steps)

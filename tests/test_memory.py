@@ -1,0 +1,128 @@
+"""Bytes held for the backward pass: by hand, by device, and as the command reports them."""
+
+import pandas as pd
+import pytest
+import torch
+
+from gnbench.memory import MemoryConfig, largest_batch, measure, memory
+from gnbench.runs.runner import run
+from tests import tiny
+from tests.trainings import NORMS, training
+
+N = 8
+
+
+def held(norm, count=N, **settings):
+    one = training(norm, **settings)
+    return one.engine.activation_bytes(*one.train.chunk(0, count))
+
+
+def test_what_batch_norm_adds_by_hand():
+    """Each keeps its input, the convolution's output (n·16·8·8 and n·16·4·4 float32), which
+    nothing else does, since ReLU keeps what it returns; and mean and deviation of 16 channels.
+    """
+    inputs = 4 * N * 16 * (8 * 8 + 4 * 4)
+    statistics = 4 * 2 * 16
+    assert held("bn") - held("none") == inputs + 2 * statistics
+
+
+def test_the_network_without_a_norm_by_hand():
+    images, labels = 4 * N * 64, 8 * N
+    relu1, places1, pooled1 = 4 * N * 16 * 64, 8 * N * 16 * 16, 4 * N * 16 * 16
+    relu2, places2, pooled2 = 4 * N * 16 * 16, 8 * N * 16 * 4, 4 * N * 16 * 4
+    log_softmax, total_weight = 4 * N * 4, 4
+    blocks = relu1 + places1 + pooled1 + relu2 + places2 + pooled2
+    assert held("none") == images + blocks + log_softmax + labels + total_weight
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_activations_grow_by_the_same_bytes_an_image(norm):
+    sizes = [held(norm, count) for count in (16, 32, 48)]
+    assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0
+
+
+def test_looking_changes_nothing():
+    """Neither statistics nor the random numbers of dropout; gradients stay away, too."""
+    looked, other = training("bn", dropout=0.5), training("bn", dropout=0.5)
+    torch.manual_seed(1)
+    looked.activation_bytes()
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert drawn == torch.rand(1)
+    for name, value in looked.engine.model.state_dict().items():
+        torch.testing.assert_close(value, other.engine.model.state_dict()[name], rtol=0, atol=0)
+    assert all(p.grad is None for p in looked.engine.model.parameters())
+
+
+def test_a_run_records_the_bytes_of_one_forward_pass(tiny_config):
+    whole = run(tiny_config("batch_size=8"))["activation_bytes"]
+    parts = run(tiny_config("batch_size=4", "batch.accumulate=2"))["activation_bytes"]
+    assert parts < 0.6 * whole
+    assert measure(tiny_config("batch_size=8"))["activation_bytes"] == whole
+
+
+def settings(outputs, **more):
+    given = {
+        "dataset": "fashion_mini",
+        "model": "simplenetv2",
+        "optimizer": "adamw",
+        "norms": ["bn", "gn"],
+        "batch_sizes": [2, 8],
+        "precision": "fp32",
+        "gibibytes": 1.0,
+        "device": "cpu",
+        "outputs": str(outputs),
+    }
+    return MemoryConfig.parse(given | more)
+
+
+def test_the_command_names_the_largest_batch_that_fits(tmp_path, capsys):
+    table = memory(settings(tmp_path / "memory", gibibytes=0.0625))
+    said = capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "memory").iterdir()} == {"memory.csv", "memory.png"}
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "memory" / "memory.csv"), table)
+    for norm, rows in table.groupby("norm"):
+        largest = largest_batch(rows, 2**26)
+        assert f"{norm} " in said
+        assert str(largest) in said
+        for size, fits in ((largest, True), (largest + 1, False)):
+            one = measured(norm, size)
+            assert (one <= 2**26) is fits, (norm, size)
+
+
+def measured(norm, size):
+    """What a batch of that size holds, by its own forward pass in place of a straight line."""
+    from gnbench.check import compose
+
+    row = measure(compose("dataset=fashion_mini", f"norm={norm}", f"batch_size={size}"))
+    return row["activation_bytes"] + row["state_bytes"]
+
+
+def test_the_state_by_hand(tiny_config):
+    """AdamW: weights, gradients and two moments, and a step counter a tensor; BN's statistics."""
+    config = tiny_config(*tiny.SMALL, "norm=bn")
+    model = training("bn").engine.model  # only for the kinds of buffers
+    assert {name.rpartition(".")[2] for name, _ in model.named_buffers()} == {
+        "running_mean", "running_var", "num_batches_tracked",
+    }  # fmt: skip
+    convolutions = 16 * 9 + 16 + 5 * (16 * 16 * 9 + 16)
+    norms, statistics = 6 * 2 * 16, 6 * (4 * 2 * 16 + 8)
+    head = 16 * 16 + 16 + 16 * 4 + 4
+    tensors = 6 * 4 + 4
+    weights = convolutions + norms + head
+    assert measure(config)["state_bytes"] == 4 * 4 * weights + statistics + 4 * tensors
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["norms=[nothing]"], "nothing"),
+        (["batch_sizes=[0]"], "batch_sizes[0]=0: must be at least 1"),
+        (["gibibytes=0"], "gibibytes=0: must be more than 0"),
+    ],
+)
+def test_bad_input_is_one_line(cli, tmp_path, more, words):
+    done = cli(*more, module="gnbench.memory", check=2)
+    [line] = done.stderr.splitlines()
+    assert words in line
+    assert list(tmp_path.iterdir()) == []
