@@ -10,9 +10,9 @@ from scipy import stats
 from gnbench.aggregate.compare import (
     Cell,
     Line,
-    bootstrap,
     cell_of,
     compare,
+    holm,
     mcnemar,
     pool,
     undecided,
@@ -57,6 +57,8 @@ def test_the_pooled_variance_by_hand():
     assert pooled.levene is None
     assert pool([cell(1), cell(2)]) is None
     assert pool([cell(1, 2, diverged=True)]) is None
+    assert pool([cell(20, 20), cell(21)]) is None  # or every difference would be certain
+    assert pool([cell(0, 0), cell(100, 100)]) is None
 
 
 def test_spreads_that_differ_are_said():
@@ -66,7 +68,10 @@ def test_spreads_that_differ_are_said():
     assert "The spreads of the cells differ (Levene's test, p = " in said(runs)
     found = pool([Cell(calm), Cell(wild)])
     scaled = [c / math.sqrt(c.mean() * (100 - c.mean())) for c in (calm, wild)]
-    assert found.levene == pytest.approx(stats.levene(*scaled, center="median").pvalue)
+    # Scipy's counts both middle values of each, which lie equally far from the median.
+    others = [np.sort(np.abs(values - np.median(values)))[1:] for values in scaled]
+    assert found.levene == pytest.approx(stats.f_oneway(*others).pvalue)
+    assert found.levene < stats.levene(*scaled, center="median").pvalue < 1e-2
     assert "spreads" not in said(study({"bn": {2: wild}, "gn": {2: wild + 1}}))
 
 
@@ -80,30 +85,33 @@ def test_two_norms_at_one_batch_size_are_students_t_test():
     expected = stats.ttest_ind(gn, bn)
     interval = expected.confidence_interval()
     assert found.p == pytest.approx(expected.pvalue, rel=0.02)
-    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=2e-3)
-    assert found.p_holm == found.p
+    bounds = (found.ci_low, found.ci_high)
+    assert bounds == pytest.approx((interval.low, interval.high), abs=2e-3)
+    assert (found.p_holm, found.family) == (found.p, 1)
     # The smallest difference shown four times in five: by the quantiles 2.571 and 0.920 of 5.
-    error = (found.high - found.difference) / 2.570582
+    error = (found.ci_high - found.difference) / 2.570582
     assert found.detectable == pytest.approx((2.570582 + 0.919544) * error, rel=1e-4)
 
 
 def test_holms_correction_by_hand():
-    """p = 0.01, 0.04, 0.03 become 0.03, 0.06, 0.06; a registered endpoint stays as it is."""
-    from gnbench.aggregate.compare import Comparison, _correct_by_holm
+    """p = 0.01, 0.04, 0.03 become 0.03, 0.06, 0.06."""
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.6]) == [1.0, 1.0]
+    assert holm([]) == []
 
-    found = [Comparison(size, 3, 3, 1.0, p=p) for size, p in ((2, 0.01), (4, 0.04), (8, 0.03))]
-    _correct_by_holm(found)
-    assert [c.p_holm for c in found] == pytest.approx([0.03, 0.06, 0.06])
+
+@pytest.mark.parametrize(("registered", "families"), [((), [3, 3, 3]), ((2,), [1, 2, 2])])
+def test_registered_endpoints_are_a_family_of_their_own(registered, families):
     errors = {size: np.array([20.0, 20.2, 20.4]) for size in (2, 4, 8)}
-    lines = {}
-    for registered in ((), (2,)):
-        line = Line("GN", {size: Cell(e + 0.6) for size, e in errors.items()})
-        line.reference = Line("BN", {size: Cell(e) for size, e in errors.items()})
-        cells = [*line.cells.values(), *line.reference.cells.values()]
-        compare([line, line.reference], pool(cells), registered)
-        lines[registered] = line.comparisons
-    assert lines[()][0].p_holm > 2.5 * lines[()][0].p
-    assert lines[(2,)][0].p_holm == lines[(2,)][0].p
+    line = Line("GN", {size: Cell(e + 0.3) for size, e in errors.items()})
+    line.reference = Line("BN", {size: Cell(e) for size, e in errors.items()})
+    cells = [*line.cells.values(), *line.reference.cells.values()]
+    compare([line, line.reference], pool(cells), registered)
+    assert [c.family for c in line.comparisons] == families
+    for c, size in zip(line.comparisons, families, strict=True):
+        assert c.p_holm == pytest.approx(min(1, size * c.p), rel=0.1)
+    wider = line.comparisons[1].detectable
+    assert wider > line.comparisons[1].error * (2.179 + 0.873)  # t of 12 without a correction
 
 
 def test_the_slope_is_that_of_least_squares():
@@ -130,10 +138,23 @@ def test_where_two_lines_cross_by_hand():
     assert low < 1.5 < high
     # All undecided: the whole range, in one piece.
     assert undecided(x, np.zeros(3), np.full(3, 1.0), 2.0) == [(1.0, 3.0)]
-    assert zeros(x, np.array([1.0, 0.0, 0.0])) == [2.0]
+    # Touching is no crossing; a stretch of zeros between the signs has one in its middle.
+    assert zeros(x, np.array([-1.0, 0.0, -1.0])) == zeros(x, np.array([1.0, 0.0, 0.0])) == []
+    assert zeros(np.arange(4.0), np.array([-1.0, 0.0, 0.0, 1.0])) == [1.5]
 
 
 SPREAD = np.array([-0.1, 0.0, 0.1])
+
+
+def test_nothing_is_interpolated_across_a_batch_size_that_diverged():
+    bn = {2: 24 + SPREAD, 8: 24 + SPREAD, 32: 24 + SPREAD}
+    gn = {2: 20 + SPREAD, 8: 90 + SPREAD, 32: 20 + SPREAD}
+    runs = study({"bn": bn, "gn": gn})
+    runs.loc[runs["test_error"] > 80, "status"] = "diverged"
+    text = said(runs)
+    assert "GN against BN: lower error at 2 and 32" in text
+    assert "do not cross" not in text
+    assert "not shown by these data. What happens about 8 is not known." in text
 
 
 def test_a_crossing_that_is_shown_is_said():
@@ -143,10 +164,10 @@ def test_a_crossing_that_is_shown_is_said():
     assert "GN against BN: lower error at 2 (-3.00 [" in text
     assert "no difference is shown at 8 (+0.00" in text
     assert "higher error at 32 (+3.00" in text
-    assert "p by Holm over 3" in text
+    assert "p by Holm over 3 comparisons, the intervals each by itself" in text
     assert "They cross at batch size 8 (95 %: 7." in text
     assert "With 3 seeds a difference of 0." in text
-    assert "A doubling of the batch size adds to the error, in points: BN -1.50 ± 0." in text
+    assert "on average (a straight line): BN -1.50 ± 0." in text
 
 
 @pytest.mark.parametrize(
@@ -186,21 +207,22 @@ def test_mcnemar_by_hand():
     assert mcnemar(one, one) == 1.0
 
 
-def test_the_bootstrap_is_that_of_a_difference_of_paired_shares():
-    """Of one seed it is the normal interval of the mean of the images' differences."""
+def test_the_last_epochs_interval_holds_seeds_and_images():
+    """Three seeds each; the variance by hand, that of images by the paired differences."""
     rng = np.random.default_rng(2)
-    one, other = rng.random((1, 4000)) < 0.8, rng.random((1, 4000)) < 0.75
-    differences = 100 * (other[0].astype(float) - one[0])
-    half = 1.96 * differences.std() / math.sqrt(4000)
-    low, high = bootstrap(one, other)
-    assert (low, high) == pytest.approx(
-        (differences.mean() - half, differences.mean() + half), abs=0.2
-    )
-    assert bootstrap(one, other) == (low, high)  # drawn from a fixed seed
-    # Seeds that differ widen it.
-    spread = np.stack([np.ones(4000, bool), np.zeros(4000, bool)])
-    low, high = bootstrap(spread, np.concatenate([other, other]))
-    assert high - low > 90
+    hard = 0.4 * rng.random(4000)  # how hard an image is, for both
+    one, other = (rng.random((3, 4000)) > hard + shift for shift in (0.0, 0.05))
+    cells = [Cell(np.array([20.0, 20.3, 20.1]), correct=bits) for bits in (one, other)]
+    line = Line("GN", {2: cells[0]}, reference=Line("BN", {2: cells[1]}))
+    compare([line, line.reference], pool(cells))
+    [found] = line.comparisons
+    errors = [100 * (1 - bits.mean(axis=1)) for bits in (one, other)]
+    assert found.final_difference == pytest.approx(errors[0].mean() - errors[1].mean())
+    differences = 100 * ((~one).mean(axis=0) - (~other).mean(axis=0))
+    seeds = np.mean([e.var(ddof=1) for e in errors]) * 2 / 3
+    half = stats.t.ppf(0.975, 4) * math.sqrt(seeds + differences.var(ddof=1) / 4000)
+    assert (found.final_high - found.final_low) / 2 == pytest.approx(half, rel=0.02)
+    assert found.mcnemar is None
 
 
 def test_lines_are_compared_with_that_of_their_own_recipe():
@@ -221,9 +243,9 @@ def test_any_line_can_be_the_reference():
     runs = pd.concat([runs.assign(**{"norm.images": 64}), more.assign(**{"norm.images": 2})])
     text = said(runs, against="gn norm.images=64")
     assert "GN norm.images=2 against GN norm.images=64: higher error at 64 (+3.00" in text
-    assert "there is no figure.against=bn to compare with; choose a norm or one of 'GN" in said(
-        runs
-    )
+    assert "Nothing is compared: figure.against=bn is not there; choose a norm" in said(runs)
+    twice = pd.concat([runs.assign(norm="bn"), study({"gn": {64: 20 + SPREAD}})])
+    assert "GN: not compared: figure.against=bn stands for several lines; choose" in said(twice)
 
 
 def test_diverged_cells_are_named_and_not_compared():
@@ -232,6 +254,7 @@ def test_diverged_cells_are_named_and_not_compared():
     text = said(runs)
     assert "GN against BN: higher error at 4" in text
     assert "GN against BN: not compared at 2, where runs diverged." in text
+    assert "not compared at 2" in said(runs[runs["batch_size"] == 2])
 
 
 def test_the_table_and_the_page_hold_the_same_figures():
@@ -246,6 +269,8 @@ def test_the_table_and_the_page_hold_the_same_figures():
     page = markdown("demo", found)
     assert page.startswith("# demo\n\n## d, m\n")
     assert f"| +1.00  | {table['ci_low'][0]:+.2f} to {table['ci_high'][0]:+.2f} |" in page
+    alone = panels(study({"gn": {2: [1]}}), [], "bn")
+    assert "One line: nothing is compared." in markdown("d", alone)
 
 
 def drawn(rng, seeds, mean_bn, mean_gn):
@@ -286,17 +311,21 @@ def test_of_equal_norms_a_difference_is_rarely_claimed(seeds):
     for _ in range(2000):
         line = drawn(rng, seeds, means, means)
         claims += any(c.shown for c in line.comparisons)
-        held += [c.low <= 0 <= c.high for c in line.comparisons]
+        held += [c.ci_low <= 0 <= c.ci_high for c in line.comparisons]
     assert claims / 2000 <= 0.05 + 0.01  # 0.01: two standard errors of such a share
     assert 0.93 <= np.mean(held) <= 0.97
 
 
 def test_a_difference_of_the_detectable_size_is_shown_in_four_of_five_studies():
-    rng, shown = np.random.default_rng(0), 0
-    for _ in range(400):
-        line = drawn(rng, 3, {2: 20.0}, {2: 20.0 + 0.728})
-        [found] = line.comparisons
-        shown += bool(found.p < 0.05)
-    # 0.728 = (2.776 + 0.941) · 0.006 · √(20 · 80) · √(2/3), the quantiles of 4 degrees of freedom
-    # for the true variance; 0.04 are two standard errors.
-    assert shown / 400 == pytest.approx(0.80, abs=0.08)
+    """One comparison of six by Holm, the other five of equal norms; by the true variance."""
+    sizes = (2, 4, 8, 16, 32, 64)
+    error = 0.006 * math.sqrt(20 * 80) * math.sqrt(2 / 3)
+    detectable = (stats.t.ppf(1 - 0.025 / 6, 24) + stats.t.ppf(0.8, 24)) * error
+    bn = dict.fromkeys(sizes, 20.0)
+    rng, shown, claimed = np.random.default_rng(0), 0, []
+    for _ in range(1000):
+        line = drawn(rng, 3, bn, {**bn, 2: 20.0 + detectable})
+        shown += bool(line.comparisons[0].shown)
+        claimed.append(line.comparisons[0].detectable)
+    assert shown / 1000 == pytest.approx(0.80, abs=0.05)
+    assert np.mean(claimed) == pytest.approx(detectable, rel=0.05)

@@ -1,7 +1,8 @@
 """Norms against a reference: differences, their intervals, slopes, and where two norms cross.
 
-All intervals are of 95 % and rest on one variance: that of an error over seeds, pooled over the
-cells of a network and scaled by p (100 − p), as that of a share of wrong images.
+All intervals are of 95 %, each by itself, by Student's t. They rest on the variance of an error
+over seeds, pooled over the cells of a network and scaled by p (100 − p), as that of a share of
+wrong images; that of the last epochs adds the variance over test images.
 """
 
 from __future__ import annotations
@@ -25,21 +26,39 @@ Numbers = npt.NDArray[np.float64]
 CONFIDENCE = 0.95
 POWER = 0.80  # with which the smallest detectable difference is found
 DIFFERENT_SPREADS = 0.05  # p of Levene's test below which the pooling is warned of
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of a line at a batch size: their test errors in percent, a seed each."""
+    """The runs of a line at a batch size: their test errors in percent, a seed each.
+
+    ``correct`` (seeds × test images, bool) is what the networks of the last epoch got right.
+    """
 
     errors: Numbers
     diverged: bool = False
-    correct: npt.NDArray[np.bool_] | None = None  # seeds × test images, of the last epoch
+    correct: npt.NDArray[np.bool_] | None = None
 
     @property
     def mean(self) -> float:
         """The mean error in percent."""
         return float(self.errors.mean())
+
+    @property
+    def seeds(self) -> int:
+        """The number of runs."""
+        return len(self.errors)
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can be compared: errors of chance, none or all have no such variance."""
+        return not self.diverged and 0 < self.mean < 100
+
+    def final(self) -> Cell | None:
+        """Return the cell by the errors of the last epoch, if it is known what was right then."""
+        if self.correct is None:
+            return None
+        return Cell(100 * (1 - self.correct.mean(axis=1)), self.diverged, self.correct)
 
 
 @dataclass(frozen=True)
@@ -52,7 +71,7 @@ class Pool:
 
     def variance(self, cell: Cell) -> float:
         """Return the variance of the mean of a cell."""
-        return self.scale * cell.mean * (100 - cell.mean) / len(cell.errors)
+        return self.scale * cell.mean * (100 - cell.mean) / cell.seeds
 
     def half(self, cell: Cell) -> float:
         """Return half the 95 % interval of the mean of a cell."""
@@ -64,54 +83,69 @@ class Pool:
 
 
 def pool(cells: Sequence[Cell]) -> Pool | None:
-    """Pool the variances of ``cells``; None if no cell has two seeds.
+    """Pool the variances of ``cells``; None if no cell has two seeds, or all agree exactly.
 
     Cells with a diverged run are left out: their errors are those of chance.
     """
     scaled = [
         (cell.errors - cell.mean) / math.sqrt(cell.mean * (100 - cell.mean))
         for cell in cells
-        if len(cell.errors) > 1 and not cell.diverged and 0 < cell.mean < 100
+        if cell.seeds > 1 and cell.usable
     ]
     freedom = sum(len(residuals) - 1 for residuals in scaled)
     if not freedom:
         return None
     scale = sum(float(np.square(residuals).sum()) for residuals in scaled) / freedom
-    return Pool(scale, freedom, _levene([r for r in scaled if len(r) > 2]))
+    if scale < 1e-20:  # but for rounding
+        return None
+    return Pool(scale, freedom, _levene(scaled))
 
 
 def _levene(residuals: Sequence[Numbers]) -> float | None:
-    """Test whether spreads are equal (Brown & Forsythe 1974: about the medians)."""
-    if len(residuals) < 2 or not any(np.ptp(values) for values in residuals):
-        return None
-    from scipy.stats import levene
+    """Test whether spreads about the medians are equal (Brown & Forsythe 1974).
 
-    return float(levene(*residuals, center="median").pvalue)
+    Of an odd number of values one lies on the median whatever the spread is, of an even number two
+    lie equally far from it: one of those is left out (Hines & Hines 2000). So cells of two seeds
+    tell nothing.
+    """
+    spreads = [
+        np.delete(spread, spread.argmin())
+        for spread in (np.abs(values - np.median(values)) for values in residuals)
+        if len(spread) > 2
+    ]
+    if len(spreads) < 2 or not any(np.ptp(values) for values in spreads):
+        return None
+    from scipy.stats import f_oneway
+
+    return float(f_oneway(*spreads).pvalue)
 
 
 @dataclass
 class Comparison:
     """A line against the reference at a batch size: the difference is line − reference, in points.
 
-    What cannot be told from so few seeds is None. ``detectable`` is the difference that so many
-    seeds would show at 95 % in four of five studies; ``test_low`` and ``test_high`` bound the
-    difference of the last epochs if seeds and test images were drawn anew; ``mcnemar`` is the p of
-    two networks, of one seed each, that err on the same images.
+    What so few seeds cannot tell is None. ``p_holm`` is corrected over ``family`` comparisons;
+    ``detectable`` is the difference that so many seeds would show, so corrected, in four of five
+    studies. ``final_difference`` is that of the last epochs; ``final_low`` and ``final_high`` bound
+    it if seeds and test images were drawn anew; ``mcnemar`` is the p, corrected in the same way,
+    that two networks of one seed each err equally often.
     """
 
     batch_size: int
-    seeds: int
-    reference_seeds: int
+    n_seeds: int
+    n_seeds_against: int
     difference: float
-    low: float | None = None
-    high: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
     p: float | None = None
     p_holm: float | None = None
+    family: int | None = None
     detectable: float | None = None
-    test_low: float | None = None
-    test_high: float | None = None
+    final_difference: float | None = None
+    final_low: float | None = None
+    final_high: float | None = None
     mcnemar: float | None = None
-    variance: float | None = None  # of the difference
+    error: float | None = field(default=None, repr=False)  # standard error of the difference
 
     @property
     def shown(self) -> int:
@@ -137,9 +171,11 @@ class Line:
 def compare(lines: Sequence[Line], pooled: Pool | None, registered: Sequence[int] = ()) -> None:
     """Fill in what ``lines`` show, each against its reference.
 
-    The p-values are corrected by Holm's method (1979) over all comparisons but those at batch sizes
-    that were ``registered`` as endpoints beforehand.
+    The p-values are corrected by Holm's method (1979) over all comparisons of the lines; those at
+    batch sizes that were ``registered`` beforehand as endpoints are a family of their own.
     """
+    final = [cell.final() for line in lines for cell in line.cells.values()]
+    final_pool = pool([cell for cell in final if cell is not None])
     for line in lines:
         _fit_slope(line, pooled)
         if line.reference is None:
@@ -147,42 +183,43 @@ def compare(lines: Sequence[Line], pooled: Pool | None, registered: Sequence[int
         for size, cell in sorted(line.cells.items()):
             other = line.reference.cells.get(size)
             if other is not None:
-                line.comparisons.append(_compared(size, cell, other, pooled))
-        if pooled is not None:
-            found = [c for c in line.comparisons if c.variance is not None]
-            x = np.log2([c.batch_size for c in found])
-            d = np.array([c.difference for c in found])
-            v = np.array([c.variance for c in found], dtype=float)
-            line.crossings = [2**at for at in zeros(x, d)]
-            line.crossing_set = [
-                (2**low, 2**high) for low, high in undecided(x, d, v, pooled.quantile())
-            ]
-    tested = [c for line in lines for c in line.comparisons if c.p is not None]
-    for one in tested:
-        one.p_holm = one.p
-    _correct_by_holm([c for c in tested if c.batch_size not in registered])
+                line.comparisons.append(_compared(size, cell, other, pooled, final_pool))
+    everything = [c for line in lines for c in line.comparisons]
+    for chosen in (True, False):
+        family = [c for c in everything if (c.batch_size in registered) == chosen]
+        _correct_by_holm(family, pooled)
+    if pooled is not None:
+        for line in lines:
+            _find_crossings(line, pooled)
 
 
-def _compared(size: int, cell: Cell, other: Cell, pooled: Pool | None) -> Comparison:
-    difference = cell.mean - other.mean
-    found = Comparison(size, len(cell.errors), len(other.errors), difference)
-    if pooled is not None and not (cell.diverged or other.diverged):
-        found.variance = pooled.variance(cell) + pooled.variance(other)
-        error = math.sqrt(found.variance)
-        half = pooled.quantile() * error
-        found.low, found.high = difference - half, difference + half
-        if error > 0:
-            found.p = 2 * float(stdtr(pooled.freedom, -abs(difference) / error))
-        else:  # all seeds of the study gave the same
-            found.p = float(difference == 0)
-        found.detectable = (pooled.quantile() + pooled.quantile(POWER)) * error
-    if cell.correct is not None and other.correct is not None:
-        if cell.correct.shape[1] != other.correct.shape[1]:
-            return found
-        if len(cell.correct) == len(other.correct) == 1:
-            found.mcnemar = mcnemar(cell.correct[0], other.correct[0])
-        else:
-            found.test_low, found.test_high = bootstrap(cell.correct, other.correct)
+def _compared(
+    size: int, cell: Cell, other: Cell, pooled: Pool | None, final_pool: Pool | None
+) -> Comparison:
+    found = Comparison(size, cell.seeds, other.seeds, cell.mean - other.mean)
+    if not (cell.usable and other.usable):
+        return found
+    if pooled is not None:
+        found.error = math.sqrt(pooled.variance(cell) + pooled.variance(other))
+        half = pooled.quantile() * found.error
+        found.ci_low, found.ci_high = found.difference - half, found.difference + half
+        found.p = 2 * float(stdtr(pooled.freedom, -abs(found.difference) / found.error))
+    final, other_final = cell.final(), other.final()
+    if final is None or other_final is None or final.correct is None or other_final.correct is None:
+        return found
+    one, two = final.correct, other_final.correct
+    if one.shape[1] != two.shape[1]:
+        return found
+    found.final_difference = final.mean - other_final.mean
+    if final_pool is not None:
+        # The variance of the mean over images of how much more often one errs on each.
+        of_images = 100**2 * float(np.var(two.mean(axis=0) - one.mean(axis=0), ddof=1))
+        variance = final_pool.variance(final) + final_pool.variance(other_final)
+        half = final_pool.quantile() * math.sqrt(variance + of_images / one.shape[1])
+        found.final_low = found.final_difference - half
+        found.final_high = found.final_difference + half
+    elif len(one) == len(two) == 1:
+        found.mcnemar = mcnemar(one[0], two[0])
     return found
 
 
@@ -196,44 +233,37 @@ def mcnemar(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> float:
     return float(binomtest(only_one, only_one + only_other).pvalue)
 
 
-def bootstrap(
-    one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_], resamples: int = RESAMPLES
-) -> tuple[float, float]:
-    """Return the 95 % interval of error(one) − error(other), in points, over seeds × images.
-
-    Both are seeds × images. Each resample draws the images, the same for both, and the seeds of
-    each; percentiles (Efron 1979). Over few seeds it is too narrow.
-    """
-    rng = np.random.default_rng(0)
-    images = one.shape[1]
-    weights = np.stack(
-        [np.bincount(rng.integers(images, size=images), minlength=images) for _ in range(resamples)]
-    ).astype(np.float32)
-    means = []
-    for correct in (one, other):
-        errors = 100 * (1 - weights @ correct.T.astype(np.float32) / images)  # resamples × seeds
-        drawn = rng.integers(len(correct), size=(resamples, len(correct)))
-        means.append(np.take_along_axis(errors, drawn, axis=1).mean(axis=1))
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(means[0] - means[1], [tail, 100 - tail])
-    return float(low), float(high)
+def holm(p: Sequence[float]) -> list[float]:
+    """Correct p-values for their number (Holm 1979)."""
+    corrected, largest = [0.0] * len(p), 0.0
+    for rank, index in enumerate(np.argsort(p, kind="stable")):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[index]))
+        corrected[index] = largest
+    return corrected
 
 
-def _correct_by_holm(comparisons: Sequence[Comparison]) -> None:
-    largest = 0.0
-    for rank, one in enumerate(sorted(comparisons, key=lambda c: c.p or 0.0)):
-        assert one.p is not None
-        largest = max(largest, min(1.0, (len(comparisons) - rank) * one.p))
-        one.p_holm = largest
+def _correct_by_holm(family: Sequence[Comparison], pooled: Pool | None) -> None:
+    tested = [c for c in family if c.p is not None]
+    for one, p in zip(tested, holm([c.p for c in tested if c.p is not None]), strict=True):
+        one.p_holm, one.family = p, len(tested)
+        if pooled is not None and one.error is not None:
+            # At the first step of Holm's method, which the smallest p of the family must pass.
+            least = pooled.quantile(1 - (1 - CONFIDENCE) / 2 / len(tested))
+            one.detectable = (least + pooled.quantile(POWER)) * one.error
+    alone = [c for c in family if c.mcnemar is not None]
+    for one, p in zip(
+        alone, holm([c.mcnemar for c in alone if c.mcnemar is not None]), strict=True
+    ):
+        one.mcnemar = p
 
 
 def _fit_slope(line: Line, pooled: Pool | None) -> None:
     """Fit error = a + slope · log2(batch size) by least squares over the runs of ``line``."""
-    cells = {size: cell for size, cell in line.cells.items() if not cell.diverged}
+    cells = {size: cell for size, cell in line.cells.items() if cell.usable}
     if len(cells) < 2:
         return
     x = np.log2(list(cells))
-    n = np.array([len(cell.errors) for cell in cells.values()])
+    n = np.array([cell.seeds for cell in cells.values()])
     means = np.array([cell.mean for cell in cells.values()])
     centered = x - np.average(x, weights=n)
     shares = n * centered / (n * centered**2).sum()  # of each mean in the slope
@@ -243,14 +273,39 @@ def _fit_slope(line: Line, pooled: Pool | None) -> None:
         line.slope_half = pooled.quantile() * math.sqrt(float((shares**2 * variances).sum()))
 
 
+def _find_crossings(line: Line, pooled: Pool) -> None:
+    """Look between batch sizes that are neighbours; not across one that could not be compared."""
+    for tested, group in itertools.groupby(line.comparisons, key=lambda c: c.error is not None):
+        found = list(group)
+        if not tested:
+            continue
+        x = np.log2([c.batch_size for c in found])
+        d = np.array([c.difference for c in found])
+        v = np.array([c.error or 0.0 for c in found]) ** 2
+        line.crossings += [2**at for at in zeros(x, d)]
+        sets = undecided(x, d, v, pooled.quantile())
+        line.crossing_set += [(2**low, 2**high) for low, high in sets]
+
+
 def zeros(x: Numbers, d: Numbers) -> list[float]:
-    """Return where ``d``, linear between its points ``x``, changes its sign."""
-    found = []
-    for (x0, d0), (x1, d1) in itertools.pairwise(zip(x, d, strict=True)):
-        if d0 * d1 < 0:
-            found.append(float(x0 + (x1 - x0) * d0 / (d0 - d1)))
-        elif d1 == 0 and d0 != 0:
-            found.append(float(x1))
+    """Return where ``d``, linear between its points ``x``, changes its sign.
+
+    Where it is 0 on the way from one sign to the other, the middle of that stretch.
+    """
+    found: list[float] = []
+    last: tuple[float, float] | None = None  # the last point that is not 0
+    zero_since: float | None = None
+    for at, value in zip(x, d, strict=True):
+        if value == 0:
+            zero_since = float(at) if zero_since is None else zero_since
+            zero_until = float(at)
+            continue
+        if last is not None and last[1] * value < 0:
+            if zero_since is None:
+                found.append(float(last[0] + (at - last[0]) * last[1] / (last[1] - value)))
+            else:
+                found.append((zero_since + zero_until) / 2)
+        last, zero_since = (float(at), float(value)), None
     return found
 
 
@@ -291,8 +346,8 @@ def cell_of(runs: pd.DataFrame) -> Cell:
         try:
             path = Path(row["directory"], "correct.npy")
             correct.append(read_correct(path, int(row["dataset.test_images"])))
-        except (OSError, DamagedError):
-            break
+        except (OSError, DamagedError, LookupError, TypeError, ValueError):
+            break  # of an older version, or damaged
     whole = len(correct) == len(finished) and len({len(bits) for bits in correct}) == 1
     return Cell(
         finished["test_error"].to_numpy(float),

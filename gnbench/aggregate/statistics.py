@@ -62,7 +62,7 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
         if pooled is None:
             continue
         for i, cell in own.items():
-            if not cell.diverged:
+            if cell.usable:
                 half_width = pooled.half(cell)
                 summary.loc[i, "pooled_low"] = cell.mean - half_width
                 summary.loc[i, "pooled_high"] = cell.mean + half_width

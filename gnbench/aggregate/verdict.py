@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
@@ -22,9 +20,11 @@ from gnbench.aggregate.compare import (
 from gnbench.aggregate.figure import line_label, sort_norms
 from gnbench.runs.directory import FINISHED
 
-COLUMNS = ["dataset", "model", "line", "against", "batch_size", "n_seeds", "n_seeds_against"]
-COLUMNS += ["difference", "ci_low", "ci_high", "p", "p_holm", "detectable"]
-COLUMNS += ["test_low", "test_high", "mcnemar_p"]
+NUMBERS = ["batch_size", "n_seeds", "n_seeds_against", "difference", "ci_low", "ci_high"]
+NUMBERS += ["p", "p_holm", "family", "detectable"]
+NUMBERS += ["final_difference", "final_low", "final_high", "mcnemar"]
+COLUMNS = ["dataset", "model", "line", "against", *NUMBERS]
+Panels = Mapping[tuple[str, str], "Panel"]
 
 
 class Panel:
@@ -39,81 +39,123 @@ class Panel:
     ) -> None:
         """Compare ``runs`` (of one dataset and model) that ``settings`` tell apart."""
         self.against = against
+        self.registered = registered
         runs = sort_norms(runs[runs["status"].isin(FINISHED)].drop_duplicates("run_id"))
         self.lines: list[Line] = []
-        keys = []
+        first: list[Any] = []  # a run of each line
         for _, own in runs.groupby(["norm", *settings], dropna=False, sort=False):
             cells = {int(str(size)): cell_of(rows) for size, rows in own.groupby("batch_size")}
             self.lines.append(Line(line_label(own.iloc[0], settings), cells))
-            keys.append(own.iloc[0])
-        for line, key in zip(self.lines, keys, strict=True):
-            line.reference = self._reference(line, key, keys, settings)
-        self.pooled = pool([cell for line in self.lines for cell in line.cells.values()])
+            first.append(own.iloc[0])
+        self.alone: dict[str, str] = {}  # lines without a reference, and why
+        recipe = [name for name in settings if not name.startswith("norm.")]
+        for line, run in zip(self.lines, first, strict=True):
+            line.reference = self._reference(line, run, first, recipe)
+        cells_of_all = [cell for line in self.lines for cell in line.cells.values()]
+        self.pooled = pool(cells_of_all)
         compare(self.lines, self.pooled, registered)
 
     def _reference(
-        self, line: Line, key: Any, keys: Sequence[Any], settings: Sequence[str]
+        self, line: Line, run: Any, first: Sequence[Any], recipe: Sequence[str]
     ) -> Line | None:
-        """Find the line named `against`, or of the norm of that name with the same recipe."""
-        named = [one for one in self.lines if one.label.lower() == self.against.lower()]
-        if named and len({k["norm"] for k in keys if k["norm"] == self.against}) == 0:
-            return None if named[0] is line else named[0]
-        recipe = [name for name in settings if not name.startswith("norm.")]
+        """Find the line of the label `against`, or of that norm with the same ``recipe``."""
+        against = self.against.lower()
+        pairs = list(zip(self.lines, first, strict=True))
+        of_norm = [(one, other) for one, other in pairs if str(other["norm"]).lower() == against]
+        if not of_norm:
+            named = [one for one in self.lines if one.label.lower() == against]
+            if named and named[0] is not line:
+                return named[0]
+            if not named:
+                self.alone[line.label] = "is not there"
+            return None
+        if str(run["norm"]).lower() == against:
+            return None
         fitting = [
             one
-            for one, other in zip(self.lines, keys, strict=True)
-            if other["norm"] == self.against
-            and all(pd.isna([key[n], other[n]]).all() or key[n] == other[n] for n in recipe)
+            for one, other in of_norm
+            if all(pd.isna([run[n], other[n]]).all() or run[n] == other[n] for n in recipe)
         ]
-        alone = len(fitting) == 1 and key["norm"] != self.against
-        return fitting[0] if alone else None
+        if len(fitting) == 1:
+            return fitting[0]
+        why = "stands for several lines" if fitting else "has no line of the same recipe"
+        self.alone[line.label] = why
+        return None
 
     def comparisons(self) -> list[dict[str, Any]]:
         """Return the rows of ``comparisons.csv``, without dataset and model."""
-        rows = []
-        for line in self.lines:
-            for one in line.comparisons:
-                own = asdict(one)
-                row = {
-                    "line": line.label,
-                    "against": line.reference.label if line.reference else None,
-                    "n_seeds": one.seeds,
-                    "n_seeds_against": one.reference_seeds,
-                    "ci_low": one.low,
-                    "ci_high": one.high,
-                    "mcnemar_p": one.mcnemar,
-                }
-                rows.append({name: row[name] if name in row else own[name] for name in COLUMNS[2:]})
-        return rows
+        return [
+            {"line": line.label, "against": line.reference.label}
+            | {name: getattr(one, name) for name in NUMBERS}
+            for line in self.lines
+            if line.reference is not None
+            for one in line.comparisons
+        ]
 
     def sentences(self) -> list[str]:
-        """Say what the comparisons show, a sentence or two a line."""
-        said = [text for line in self.lines for text in _said(line)]
-        compared = any(line.comparisons for line in self.lines)
-        if len(self.lines) > 1 and not compared:
+        """Say what the comparisons show, and what they cannot."""
+        said = [text for line in self.lines for text in self._said(line)]
+        if len(self.lines) > 1:
             labels = ", ".join(f"'{line.label}'" for line in self.lines)
-            said.append(
-                f"Nothing is compared: there is no figure.against={self.against} to compare with; "
-                f"choose a norm or one of {labels}."
-            )
-        if compared and self.pooled is None:
-            said.append("A single seed has no interval; more would tell differences from noise.")
-        if self.pooled is not None:
-            said += self._slopes()
-            if self.pooled.levene is not None and self.pooled.levene < DIFFERENT_SPREADS:
+            for why, group in itertools.groupby(self.alone, key=self.alone.__getitem__):
+                everything = len(self.alone) == len(self.lines)
+                names = "Nothing is" if everything else f"{', '.join(group)}: not"
                 said.append(
-                    "The spreads of the cells differ (Levene's test, p = "
-                    f"{self.pooled.levene:.2g}): the pooled intervals are too narrow for some and "
-                    "too wide for others."
+                    f"{names} compared: figure.against={self.against} {why}; choose a norm or "
+                    f"one of {labels}."
                 )
+        if self.pooled is None:
+            if any(line.comparisons for line in self.lines):
+                said.append(self._no_interval())
+            return said
+        slopes = [line for line in self.lines if line.slope_half is not None]
+        if slopes:
+            parts = [f"{line.label} {line.slope:+.2f} ± {line.slope_half:.2f}" for line in slopes]
+            said.append(
+                "A doubling of the batch size adds to the error, in points, on average (a straight "
+                f"line): {'; '.join(parts)}."
+            )
+        if self.pooled.levene is not None and self.pooled.levene < DIFFERENT_SPREADS:
+            said.append(
+                "The spreads of the cells differ (Levene's test, p = "
+                f"{self.pooled.levene:.2g}): the pooled intervals are too narrow for some and too "
+                "wide for others."
+            )
         return said
 
-    def _slopes(self) -> list[str]:
-        slopes = [line for line in self.lines if line.slope_half is not None]
-        if not slopes:
+    def _no_interval(self) -> str:
+        cells = [cell for line in self.lines for cell in line.cells.values()]
+        if all(cell.seeds == 1 for cell in cells):
+            return "A single seed has no interval; more would tell differences from noise."
+        return "No spread over seeds is known: the cells with several agree exactly or diverged."
+
+    def _said(self, line: Line) -> list[str]:
+        """Put the comparisons of a line into words."""
+        if line.reference is None or not line.comparisons:
             return []
-        parts = [f"{line.label} {line.slope:+.2f} ± {line.slope_half:.2f}" for line in slopes]
-        return [f"A doubling of the batch size adds to the error, in points: {'; '.join(parts)}."]
+        names = f"{line.label} against {line.reference.label}"
+        tested = [c for c in line.comparisons if c.p is not None]
+        untested = [
+            size
+            for size, cell in sorted(line.cells.items())
+            if size in line.reference.cells
+            and not (cell.usable and line.reference.cells[size].usable)
+        ]
+        said = []
+        if tested:
+            said.append(f"{names}: {_shown(tested)}.")
+            said += _crossing(line, tested, untested)
+            said.append(_detectable(tested))
+        for one in line.comparisons:
+            if one.mcnemar is not None:
+                differ = "err differently" if one.mcnemar < 0.05 else "cannot be told apart"
+                said.append(
+                    f"{names} at {one.batch_size}: on these test images the two networks {differ} "
+                    f"(McNemar, p {_p(one.mcnemar, '= ')}); that says nothing of other seeds."
+                )
+        if untested:
+            said.append(f"{names}: not compared at {_numbers(untested)}, where runs diverged.")
+        return said
 
 
 def panels(
@@ -127,7 +169,7 @@ def panels(
     }
 
 
-def comparison_table(found: dict[tuple[str, str], Panel]) -> pd.DataFrame:
+def comparison_table(found: Panels) -> pd.DataFrame:
     """Return ``comparisons.csv``: a row a line and batch size."""
     rows = [
         {"dataset": dataset, "model": model, **row}
@@ -137,7 +179,7 @@ def comparison_table(found: dict[tuple[str, str], Panel]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def markdown(study: str, found: dict[tuple[str, str], Panel]) -> str:
+def markdown(study: str, found: Panels) -> str:
     """Return ``verdict.md``: the sentences, and the differences that they rest on."""
     parts = [f"# {study}"]
     for (dataset, model), panel in found.items():
@@ -152,44 +194,17 @@ def markdown(study: str, found: dict[tuple[str, str], Panel]) -> str:
                 _interval(row["ci_low"], row["ci_high"]),
                 _p(row["p_holm"]),
                 "–" if row["detectable"] is None else f"{row['detectable']:.2f}",
-                _interval(row["test_low"], row["test_high"]),
-                _p(row["mcnemar_p"]),
+                "–" if row["final_difference"] is None else f"{row['final_difference']:+.2f}",
+                _interval(row["final_low"], row["final_high"]),
+                _p(row["mcnemar"]),
             ]
             for row in panel.comparisons()
         ]
         heads = ["difference in points", "batch size", "seeds", "mean", "95 %", "p (Holm)"]
-        heads += ["detectable", "95 %, seeds × images", "McNemar p"]
+        heads += ["detectable", "last epoch", "95 %, seeds and test images", "McNemar p"]
         if rows:
             parts.append(tabulate(rows, heads, "github", disable_numparse=True))
     return "\n\n".join(parts) + "\n"
-
-
-def _said(line: Line) -> list[str]:
-    """Put the comparisons of a line into words."""
-    if line.reference is None or not line.comparisons:
-        return []
-    names = f"{line.label} against {line.reference.label}"
-    tested = [c for c in line.comparisons if c.p is not None]
-    said = []
-    if tested:
-        said.append(f"{names}: {_shown(tested)}.")
-        if crossing := _crossing(line, tested):
-            said.append(crossing)
-        least = [c.detectable for c in tested if c.detectable is not None]
-        low, high = f"{min(least):.1f}", f"{max(least):.1f}"
-        seeds = _numbers(sorted({c.seeds for c in tested}))
-        points = f"{low} points" if low == high else f"{low} to {high} points"
-        said.append(f"With {seeds} seeds a difference of {points} would be shown (power 80 %).")
-    for one in line.comparisons:
-        if one.mcnemar is not None:
-            differ = "err differently" if one.mcnemar < 0.05 else "cannot be told apart"
-            said.append(
-                f"{names} at {one.batch_size}: on these test images the two networks {differ} "
-                f"(McNemar, p {_p(one.mcnemar, ' = ')}); that says nothing of other seeds."
-            )
-    if diverged := [c.batch_size for c in line.comparisons if c.p is None and tested]:
-        said.append(f"{names}: not compared at {_numbers(diverged)}, where runs diverged.")
-    return said
 
 
 def _shown(tested: Sequence[Comparison]) -> str:
@@ -198,25 +213,40 @@ def _shown(tested: Sequence[Comparison]) -> str:
     for sign, group in itertools.groupby(tested, key=lambda c: c.shown):
         of_group = list(group)
         sizes = _numbers([c.batch_size for c in of_group])
-        found = ", ".join(f"{c.difference:+.2f} [{c.low:+.2f}, {c.high:+.2f}]" for c in of_group)
+        found = ", ".join(
+            f"{c.difference:+.2f} [{c.ci_low:+.2f}, {c.ci_high:+.2f}]" for c in of_group
+        )
         parts.append(f"{words[sign]} {sizes} ({found})")
-    count = len(tested)
-    return "; ".join(parts) + (f"; p by Holm over {count}" if count > 1 else "")
+    families = sorted({c.family for c in tested if c.family and c.family > 1})
+    if families:
+        over = _numbers(families)
+        parts.append(f"p by Holm over {over} comparisons, the intervals each by itself")
+    return "; ".join(parts)
 
 
-def _crossing(line: Line, tested: Sequence[Comparison]) -> str | None:
+def _crossing(line: Line, tested: Sequence[Comparison], untested: Sequence[int]) -> list[str]:
     """Say where the two lines cross, if that is shown."""
     if len(tested) < 2:
-        return None
+        return []
     signs = {c.shown for c in tested}
     low, high = tested[0].batch_size, tested[-1].batch_size
-    if {-1, 1} <= signs:
+    gap = [size for size in untested if low < size < high]
+    besides = f" What happens about {_numbers(gap)} is not known." if gap else ""
+    if {-1, 1} <= signs and line.crossings:
         where = " and ".join(f"{at:.3g}" for at in line.crossings)
         pieces = " or ".join(f"{a:.3g} to {b:.3g}" for a, b in line.crossing_set)
-        return f"They cross at batch size {where} (95 %: {pieces})."
-    if not line.crossing_set:
-        return f"They do not cross between {low} and {high}."
-    return "Whether they cross is not shown by these data."
+        return [f"They cross at batch size {where} (95 %: {pieces}).{besides}"]
+    if not line.crossing_set and not gap:
+        return [f"They do not cross between {low} and {high}."]
+    return [f"Whether they cross is not shown by these data.{besides}"]
+
+
+def _detectable(tested: Sequence[Comparison]) -> str:
+    found = [c.detectable for c in tested if c.detectable is not None]
+    low, high = f"{min(found):.1f}", f"{max(found):.1f}"
+    points = f"{low} points" if low == high else f"{low} to {high} points"
+    seeds = _numbers(sorted({n for c in tested for n in (c.n_seeds, c.n_seeds_against)}))
+    return f"With {seeds} seeds a difference of {points} would be shown (power 80 %)."
 
 
 def _numbers(values: Sequence[int]) -> str:
@@ -229,6 +259,6 @@ def _interval(low: float | None, high: float | None) -> str:
 
 
 def _p(value: float | None, equals: str = "") -> str:
-    if value is None or np.isnan(value):
+    if value is None:
         return "–"
-    return "< 0.001" if value < 0.001 else f"{equals}{value:.3f}".strip()
+    return "< 0.001" if value < 0.001 else f"{equals}{value:.3f}"

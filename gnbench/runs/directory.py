@@ -225,7 +225,9 @@ def read_correct(path: str | Path, total: int) -> npt.NDArray[np.bool_]:
         packed = np.load(path, allow_pickle=False)
         if packed.dtype != np.uint8 or packed.shape != (-(-total // 8),):
             raise ValueError(f"it is {packed.dtype} {packed.shape}")
-    except (ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # numpy raises many kinds for a damaged file
         raise DamagedError(f"{path} does not hold {total} bits ({error})") from error
     return np.unpackbits(packed, count=total).astype(bool)
 
