@@ -244,8 +244,10 @@ def test_any_line_can_be_the_reference():
     text = said(runs, against="gn norm.images=64")
     assert "GN norm.images=2 against GN norm.images=64: higher error at 64 (+3.00" in text
     assert "Nothing is compared: figure.against=bn is not there; choose a norm" in said(runs)
-    twice = pd.concat([runs.assign(norm="bn"), study({"gn": {64: 20 + SPREAD}})])
+    of_bn = runs.assign(norm="bn", run_id=runs["run_id"] + "y")
+    twice = pd.concat([of_bn, study({"gn": {64: 20 + SPREAD}})])
     assert "GN: not compared: figure.against=bn stands for several lines; choose" in said(twice)
+    assert "Nothing is compared: figure.against=bn stands for several lines" in said(of_bn)
 
 
 def test_diverged_cells_are_named_and_not_compared():

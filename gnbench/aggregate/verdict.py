@@ -51,6 +51,8 @@ class Panel:
         recipe = [name for name in settings if not name.startswith("norm.")]
         for line, run in zip(self.lines, first, strict=True):
             line.reference = self._reference(line, run, first, recipe)
+        if not self.alone and not any(line.reference for line in self.lines):
+            self.alone = {line.label: "stands for several lines" for line in self.lines}
         cells_of_all = [cell for line in self.lines for cell in line.cells.values()]
         self.pooled = pool(cells_of_all)
         compare(self.lines, self.pooled, registered)
