@@ -172,7 +172,7 @@ def build_training(
     processes = distributed.process_group(device)
     flush_denormals()
     if device.type == "cuda":
-        _make_deterministic()
+        make_deterministic()
     torch.manual_seed(config.seed)
     model = build_model(config).to(device)  # drawn on the CPU: the same on every device
     if processes.rank > 0:  # dropout must not drop the same units in every process
@@ -214,7 +214,8 @@ def build_training(
 def drops_last(config: RunConfig) -> bool:
     """Try the network on every size of batch; tell whether the last, partial one must go.
 
-    So it does where that would leave a batch norm one value per channel, or a process no image. The
+    So it does where that would leave a batch norm one value per channel, or a process no image or
+    fewer forward passes than another. The
     network is tried once for all seeds, without storage (on torch's meta device) where the layers
     allow it, else on a batch of at most two images: what a layer refuses for its size, it refuses
     at a single value per channel.
@@ -256,11 +257,15 @@ def _tried(config: RunConfig, model: nn.Module, device: str) -> bool:
         )
     drops = False
     if remainder := config.dataset.images % config.sgd_batch:
-        least = remainder // config.processes  # images of a process
+        least = remainder // config.processes  # images of a process; others may have one more
+        shares = {least, least + (remainder % config.processes > 0)}
         try:
-            drops = least == 0
-            if last := least % config.batch_size:  # of its last forward pass
-                run(last)
+            # Layers that exchange something would wait for ever for a pass that others lack.
+            passes = {math.ceil(share / config.batch_size) for share in shares}
+            drops = least == 0 or len(passes) > 1
+            for share in () if drops else shares:
+                if last := share % config.batch_size:  # the images of its last forward pass
+                    run(last)
         except ConfigError:  # it does not refuse the batch, but returns no logits
             raise
         except REFUSALS:
@@ -313,7 +318,7 @@ def _watch_statistics(model: nn.Module) -> Callable[[], str]:
     return lambda: found[0] if found else ""
 
 
-def _make_deterministic() -> None:
+def make_deterministic() -> None:
     """Have the same seed give the same bits on a GPU: no TF32, deterministic kernels.
 
     Where torch has none it warns; no layer of conf/ is known to need one.

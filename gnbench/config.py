@@ -143,7 +143,10 @@ class ModelConfig(Component):
 
 
 class NormConfig(Component):
-    """A normalization layer (``conf/norm``); ``momentum: null`` is a cumulative average."""
+    """A normalization layer (``conf/norm``), which may have other settings besides these.
+
+    ``momentum: null`` is a cumulative average.
+    """
 
     images: Count | None = None
     eps: Positive | None = None

@@ -8,6 +8,7 @@ import hashlib
 import io
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,8 +26,8 @@ from tqdm import tqdm
 from gnbench import build, cli, files
 from gnbench.config import Count, DataFolder, Device, Folder, RunConfig, Settings, Study, conf_dir
 from gnbench.datasets import Dataset
-from gnbench.errors import ConfigError, DamagedError, LockedError
-from gnbench.norms import BatchGroupNorm
+from gnbench.errors import DONE, FAILED, ConfigError, LockedError, WriteError, one_line
+from gnbench.norms import BatchGroupNorm, SyncBatchNorm
 from gnbench.runs.directory import RunDirectory, read_record
 from gnbench.sweep.plan import find_studies
 from gnbench.train import devices
@@ -34,10 +35,11 @@ from gnbench.train.batches import ResidentData, draw_epoch
 from gnbench.train.engine import EVALUATION_CHUNK, autocast, find_correct
 
 Statistics = Literal["ema", "precise", "population", "batch", "evalnorm"]
-RUN = ("run_id", "dataset", "model", "norm", "batch_size", "seed", "weights")
+TABLE = "evaluations.csv"
+NO_WEIGHTS, FAILED_RUNS = "no model.pt", "cannot be evaluated"
+RUN = ("run_id", "dataset", "model", "norm", "batch_size", "seed", "weights", "trained_images")
 COLUMNS = (*RUN, "statistics", "images", "test_error", "test_wrong", "test_total")
 Row = dict[str, Any]
-Finished = tuple[RunConfig, RunDirectory, str]  # a run with the digest of its weights
 
 
 class EvaluateConfig(Settings):
@@ -156,8 +158,8 @@ def training_moments(
 ) -> dict[str, Moments]:
     """Run an epoch's images through ``model`` by the statistics of batches; return what each saw.
 
-    The epoch is the one that would have come next, with its augmentation. A last, smaller batch is
-    left out. (fvcore's precise BN averages in the same way.)
+    Their order and augmentation are those of an epoch by the number ``epochs``. A last, smaller
+    batch is left out. (fvcore's precise BN averages in the same way.)
     """
     plan = draw_epoch(config.seed, config.epochs, len(data), config.dataset.augmentation)
     plan = plan.to(data.labels.device)
@@ -225,108 +227,134 @@ def evaluated(
             yield name, images, wrong(networks[name](), chunk, batch)
 
 
-def evaluate(config: EvaluateConfig) -> None:
-    """Evaluate the finished runs of one study, or of all, as configured.
+def evaluate(config: EvaluateConfig) -> bool:
+    """Evaluate the finished runs of one study, or of all; tell whether none failed.
+
+    A run that fails is named in the end, and the others go on.
 
     Raises:
-        ConfigError: before anything is written.
-        LockedError: if another process is evaluating a study.
+        ConfigError: before anything is evaluated.
+        LockedError: if another process is evaluating one of the studies, likewise.
         WriteError: if a table cannot be written.
     """
     studies = find_studies(config.outputs, config.study)
-    with devices.claimed(config.device) as device:
-        devices.flush_denormals()
+    tables = {study: _read(study / TABLE) for study in studies}
+    failed = False
+    with ExitStack() as stack:
         for study in studies:
-            lock = FileLock(study / ".evaluations.lock")
             try:
-                with lock.acquire(timeout=0):
-                    _evaluate_study(config, study, device)
+                stack.enter_context(FileLock(study / ".evaluations.lock").acquire(timeout=0))
             except Timeout:
                 raise LockedError(f"{study}: another process is evaluating it") from None
+        device = stack.enter_context(devices.claimed(config.device))
+        devices.flush_denormals()
+        if device.type == "cuda":
+            build.make_deterministic()
+        for study, rows in tables.items():
+            failed |= _evaluate_study(config, study, rows, device)
+    return not failed
 
 
-def _evaluate_study(config: EvaluateConfig, study: Path, device: torch.device) -> None:
-    path = study / "evaluations.csv"
-    rows = _read(path)
+def _evaluate_study(
+    config: EvaluateConfig, study: Path, rows: list[Row], device: torch.device
+) -> bool:
+    """Evaluate the runs of a study, what ``rows`` has not again; tell whether one failed."""
+    left_out: dict[str, list[str]] = {}  # by the reason
     datasets: dict[str, Dataset] = {}
-    runs, left_out = _finished(study)
-    for run, run_dir, weights in tqdm(runs, "evaluate", unit="run", disable=None, leave=False):
-        cell = dict(zip(RUN, (run.run_id, *_cell(run), weights), strict=True))
-        model = build.build_model(run)
-        state = torch.load(run_dir.model_path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state)
-        model = model.to(device).eval()
-        if not batch_norms(model):
-            left_out.setdefault(
-                f"norm={run.norm.name} has no statistics of batches: nothing to evaluate", []
-            ).append(run.run_id)
-            continue
-        wanted = _wanted(config, run, model)
-        done = {(r["statistics"], r["images"]) for r in rows if _same(r, cell)}
-        wanted = {
-            images: missing
-            for images, names in wanted.items()
-            if (missing := [n for n in names if (n, _text(images)) not in done])
-        }
-        if not wanted:
-            continue
-        rows = [row for row in rows if row["run_id"] != run.run_id or _same(row, cell)]
-        dataset = _dataset(config, run, datasets)
-        mean, std = run.dataset.mean, run.dataset.std
-        train = ResidentData(dataset.train_images, dataset.train_labels, mean, std, device)
-        test = ResidentData(dataset.test_images, dataset.test_labels, mean, std, device)
-        for name, images, wrong in evaluated(run, model, train, test, wanted):
-            error = 100 * wrong / len(test)
-            row = {"statistics": name, "images": _text(images), "test_error": error}
-            rows.append({**cell, **row, "test_wrong": wrong, "test_total": len(test)})
-            files.replace(path, _csv(rows))
-            over = "" if images is None else f" over {images} images"
-            tqdm.write(f"{run.run_id}: {name}{over}: test error {error:.2f} %")
-            if name == "ema" and wrong != (found := _last_wrong(run_dir)):
-                left_out.setdefault(
-                    "ema differs from the run's own last error (another machine or release?)", []
-                ).append(f"{run.run_id}: {wrong} wrong here, {found} then")
+    paths = sorted(study.glob("*/run.json"))
+    for path in tqdm(paths, study.name, unit="run", disable=None, leave=False):
+        try:
+            for reason in _evaluate_run(config, path, rows, datasets, device):
+                left_out.setdefault(reason, []).append(path.parent.name)
+        except FileNotFoundError:
+            left_out.setdefault(NO_WEIGHTS, []).append(path.parent.name)
+        except WriteError:
+            raise
+        except Exception as error:  # of a damaged file, or a part of the user's own
+            line = f"{path.parent.name}: {one_line(error)}"
+            left_out.setdefault(FAILED_RUNS, []).append(line)
     print(_described(study, rows))
     for reason, names in left_out.items():
         print("\n  ".join([f"{reason}:", *names]))
+    return FAILED_RUNS in left_out
 
 
-def _finished(study: Path) -> tuple[list[Finished], dict[str, list[str]]]:
-    """Return the runs of a study that have weights, and by reason what has to be left out."""
-    runs: list[Finished] = []
-    left_out: dict[str, list[str]] = {}
-    for path in sorted(study.glob("*/run.json")):
-        run_dir = RunDirectory(path.parent)
-        try:
-            record = read_record(path)
-            if record["status"] != "completed":
-                left_out.setdefault("not completed", []).append(path.parent.name)
-                continue
-            config = RunConfig.parse(record["config"])
-            weights = hashlib.sha256(run_dir.model_path.read_bytes()).hexdigest()[:8]
-            runs.append((config, run_dir, weights))
-        except FileNotFoundError:
-            left_out.setdefault("no model.pt", []).append(path.parent.name)
-        except (DamagedError, ConfigError) as error:
-            left_out.setdefault("cannot be read", []).append(f"{path.parent.name}: {error}")
-    return runs, left_out
+def _evaluate_run(
+    config: EvaluateConfig,
+    path: Path,
+    rows: list[Row],
+    datasets: dict[str, Dataset],
+    device: torch.device,
+) -> Iterator[str]:
+    """Evaluate the run of a ``run.json``, adding to ``rows``; yield what is to be said of it."""
+    record = read_record(path)
+    if record["status"] != "completed":
+        yield "not completed"
+        return
+    run = RunConfig.parse(record["config"])
+    run_dir = RunDirectory(path.parent)
+    weights = run_dir.model_path.read_bytes()
+    model = build.build_model(run)
+    model.load_state_dict(torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True))
+    if not batch_norms(model):
+        yield f"norm={run.norm.name} has no statistics of batches: nothing to evaluate"
+        return
+    model = model.to(device).eval()
+    names = (run.dataset.name, run.model.name, run.norm.name, run.batch_size, run.seed)
+    digest = hashlib.sha256(weights).hexdigest()[:8]
+    own = trained_images(run, model)
+    cell = dict(zip(RUN, (run.run_id, *names, digest, own), strict=True))
+    rows[:] = [r for r in rows if r["run_id"] != run.run_id or r["weights"] == cell["weights"]]
+    done = {(r["statistics"], r["images"]) for r in rows if r["run_id"] == run.run_id}
+    wanted, too_many = _wanted(config, run, model)
+    if too_many:
+        yield f"there are not so many images: {', '.join(map(str, too_many))}"
+    wanted = {
+        images: missing
+        for images, names in wanted.items()
+        if (missing := [n for n in names if (n, _text(images)) not in done])
+    }
+    if not wanted:
+        return
+    dataset = _dataset(config, run, datasets)
+    mean, std = run.dataset.mean, run.dataset.std
+    train = ResidentData(dataset.train_images, dataset.train_labels, mean, std, device)
+    test = ResidentData(dataset.test_images, dataset.test_labels, mean, std, device)
+    for name, images, wrong in evaluated(run, model, train, test, wanted):
+        error = 100 * wrong / len(test)
+        row = {"statistics": name, "images": _text(images), "test_error": error}
+        rows.append({**cell, **row, "test_wrong": wrong, "test_total": len(test)})
+        files.replace(path.parents[1] / TABLE, _csv(rows))
+        over = "" if images is None else f" over {images} images"
+        tqdm.write(f"{run.run_id}: {name}{over}: test error {error:.2f} %")
+        last = _last_wrong(run_dir)
+        if name == "ema" and last is not None and wrong != last:
+            yield f"ema: {wrong} wrong here, {last} when it was trained (elsewhere?)"
+
+
+def trained_images(run: RunConfig, model: nn.Module) -> int:
+    """Return over how many images the batch norms of ``model`` took their statistics."""
+    for layer in model.modules():
+        if isinstance(layer, BatchGroupNorm):
+            return layer.images
+        if isinstance(layer, SyncBatchNorm):
+            return run.batch_size * run.processes
+    return run.batch_size
 
 
 def _wanted(
     config: EvaluateConfig, run: RunConfig, model: nn.Module
-) -> dict[int | None, list[str]]:
-    """Return the statistics to evaluate by the number of images, as far as there are so many."""
-    layers = [layer for layer in model.modules() if isinstance(layer, BatchGroupNorm)]
-    own = layers[0].images if layers else run.batch_size
+) -> tuple[dict[int | None, list[str]], list[int]]:
+    """Return the statistics to evaluate by the number of images, and numbers that are too large."""
     most = min(run.dataset.images, run.dataset.test_images)
-    counts = sorted({count for count in (own, *config.images) if count <= most})
-    others: list[str] = [name for name in config.statistics if name != "ema"]
+    counts = sorted({trained_images(run, model), *config.images})
+    others = list(dict.fromkeys(name for name in config.statistics if name != "ema"))
     wanted: dict[int | None, list[str]] = {}
     if "ema" in config.statistics:
         wanted[None] = ["ema"]
     if others:
-        wanted |= dict.fromkeys(counts, others)
-    return wanted
+        wanted |= {count: list(map(str, others)) for count in counts if count <= most}
+    return wanted, [count for count in counts if count > most]
 
 
 def _dataset(config: EvaluateConfig, run: RunConfig, known: dict[str, Dataset]) -> Dataset:
@@ -346,14 +374,6 @@ def _last_wrong(run_dir: RunDirectory) -> int | None:
     return int(rows[-1]["test_wrong"]) if rows else None
 
 
-def _cell(run: RunConfig) -> tuple[str, str, str, int, int]:
-    return run.dataset.name, run.model.name, run.norm.name, run.batch_size, run.seed
-
-
-def _same(row: Mapping[str, Any], cell: Mapping[str, Any]) -> bool:
-    return bool(row["run_id"] == cell["run_id"] and row["weights"] == cell["weights"])
-
-
 def _text(images: int | None) -> str:
     return "" if images is None else str(images)
 
@@ -364,7 +384,11 @@ def _chunk(images: int) -> int:
 
 
 def _read(path: Path) -> list[Row]:
-    """Return the rows of an earlier ``evaluations.csv``; one of another form counts as none."""
+    """Return the rows of an earlier ``evaluations.csv``, if there is one.
+
+    Raises:
+        ConfigError: if it is something else.
+    """
     try:
         reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -384,20 +408,41 @@ def _csv(rows: list[Row]) -> bytes:
 
 
 def _described(study: Path, rows: list[Row]) -> str:
-    """Put the rows into a table: a line a run, a column a kind of statistics."""
-    columns = sorted(
-        {(r["statistics"], r["images"]) for r in rows},
-        key=lambda c: (list(Statistics.__args__).index(c[0]), int(c[1] or 0)),  # type: ignore[attr-defined]
+    """Put the rows into a table: means over seeds, a line a norm (and what else differs) and size.
+
+    All but ``batch`` as taken over the images of the training; ``evaluations.csv`` has the rest.
+    """
+    import pandas as pd
+
+    from gnbench.aggregate.figure import line_label, sort_norms
+    from gnbench.aggregate.statistics import differing
+    from gnbench.aggregate.study import read_study
+
+    runs = read_study(study).finished
+    settings = differing(runs)
+    table = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"images": str})
+    kept = ["run_id", "trained_images", "statistics", "images", "test_error"]
+    table = sort_norms(runs[["run_id", "norm", "batch_size", *settings]].merge(table[kept]))
+    own = table["images"] == table["trained_images"].astype(str)
+    table = table[own | table["statistics"].isin(["ema", "batch"])]
+    table["column"] = table["statistics"].where(
+        table["statistics"] != "batch", "batch " + table["images"]
     )
-    lines: dict[str, dict[tuple[str, str], str]] = {}
-    for row in rows:
-        line = lines.setdefault(row["run_id"], {})
-        line[row["statistics"], row["images"]] = f"{float(row['test_error']):.2f}"
-    return f"study {study.name}: test error in % by statistics and images\n" + tabulate(
-        [[name, *(line.get(column, "–") for column in columns)] for name, line in lines.items()],
-        ["", *(" ".join(filter(None, column)) for column in columns)],
-        "plain",
-        disable_numparse=True,
+    order = ["ema", "precise", "population", "evalnorm"]
+    columns = [name for name in order if name in set(table["column"])]
+    sizes = sorted({int(n) for n in table.loc[table["statistics"] == "batch", "images"]})
+    columns += [f"batch {size}" for size in sizes]
+    lines = []
+    keys = ["norm", *settings, "batch_size"]
+    for _, own_rows in table.groupby(keys, dropna=False, sort=False):
+        errors = own_rows.assign(test_error=own_rows["test_error"].astype(float))
+        means = errors.groupby("column")["test_error"].mean()
+        first = own_rows.iloc[0]
+        found = [f"{means[name]:.2f}" if name in means else "–" for name in columns]
+        seeds = own_rows["run_id"].nunique()
+        lines.append([line_label(first, settings), first["batch_size"], seeds, *found])
+    return f"study {study.name}: test error in %, mean over seeds\n" + tabulate(
+        lines, ["", "batch size", "seeds", *columns], "plain", disable_numparse=True
     )
 
 
@@ -408,9 +453,10 @@ def app(config: DictConfig) -> None:
         settings = EvaluateConfig.parse(config)
         find_studies(settings.outputs, settings.study)
         cli.composed()
-        evaluate(settings)
+        succeeded = evaluate(settings)
     except Exception as error:
         raise SystemExit(cli.report(error)) from error
+    raise SystemExit(DONE if succeeded else FAILED)
 
 
 def main() -> None:

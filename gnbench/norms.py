@@ -103,9 +103,9 @@ class BatchGroupNorm(nn.Module):
     """Torch's BatchNorm of every ``images`` images of a batch in turn, over groups of channels.
 
     The images of a batch are taken in their order; what the last, smaller chunk holds is normalized
-    by its own statistics. Each chunk moves the running statistics once, as a batch of BN does: at
-    the same momentum they remember as many images as those of BN at that batch size. In eval mode
-    they normalize every image.
+    by its own statistics. Each chunk moves the running statistics once, a smaller one as much as a
+    whole one, as batches do in BN: at the same momentum they remember as many images as those of BN
+    at a batch size of ``images``. In eval mode they normalize every image.
     """
 
     def __init__(

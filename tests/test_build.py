@@ -9,6 +9,7 @@ from gnbench.build import (
     base_lr,
     build_optimizer,
     build_training,
+    drops_last,
     load_dataset,
     training_length,
 )
@@ -128,3 +129,18 @@ def test_a_run_accumulates_as_its_configuration_says(tiny_config):
         assert (one.step, one.lr) == (other.step, other.lr)
         assert one.train_loss == pytest.approx(other.train_loss, rel=1e-4)
     assert sizes == 2 * [*16 * [3], 20]
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulate", "processes", "drops"),
+    [
+        (1, 4, 5, True),  # 48 images: two steps of 20; the last 8 are 2, 2, 2, 1 and 1
+        (3, 2, 5, True),  # 30; the last 18 are 4, 4, 4, 3 and 3: two passes, or one
+        (4, 2, 5, False),  # 40; the last 8 are one pass for each
+        (2, 5, 3, False),  # 30; the last 18 are 6 each: three passes for all
+    ],
+)
+def test_a_last_step_of_unequal_passes_is_dropped(tiny_config, size, accumulate, processes, drops):
+    """A layer that exchanges something in each would wait for a pass that another lacks."""
+    config = tiny_config("norm=gn", f"batch_size={size}", f"batch.accumulate={accumulate}")
+    assert drops_last(config.with_(processes=processes)) == drops

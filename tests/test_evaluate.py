@@ -246,6 +246,29 @@ def test_what_was_interrupted_or_trained_again_is_completed(study, tmp_path, mon
     assert len(rows) == 10
 
 
+def test_a_run_that_fails_is_named_and_the_others_go_on(study, tmp_path, capsys):
+    outputs, runs = study
+    shutil.copytree(outputs, tmp_path / "outputs")
+    outputs = tmp_path / "outputs"
+    model = outputs / "default" / runs["bn"].run_id / "model.pt"
+    model.write_bytes(model.read_bytes()[:1000])
+    assert not command.evaluate(settings(outputs, statistics=["ema", "ema"], images=[2, 2]))
+    said = capsys.readouterr().out
+    assert f"cannot be evaluated:\n  {runs['bn'].run_id}: " in said
+    rows = table(outputs / "default" / "evaluations.csv")
+    assert [r["run_id"] for r in rows] == [runs["ghost"].run_id]
+
+
+def test_nothing_is_evaluated_if_one_of_the_studies_cannot_be(study, tmp_path):
+    outputs, _ = study
+    for name in ("default", "other"):
+        shutil.copytree(outputs / "default", tmp_path / "outputs" / name)
+    (tmp_path / "outputs" / "other" / "evaluations.csv").write_text("name,grade\nme,1\n")
+    with pytest.raises(ConfigError, match=r"other.evaluations\.csv is not a table"):
+        command.evaluate(settings(tmp_path / "outputs", study=None))
+    assert not (tmp_path / "outputs" / "default" / "evaluations.csv").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

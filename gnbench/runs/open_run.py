@@ -284,7 +284,7 @@ def _announce(config: RunConfig, training: Training, said: logging.Logger) -> No
     if build.drops_last(config):
         said.info(
             "the last batch of an epoch (%d images) is dropped: it would leave a process no image, "
-            "or %s one value per channel",
+            "or fewer passes than another, or %s one value per channel",
             len(training.train) % training.batch_size,
             config.norm.name,
         )

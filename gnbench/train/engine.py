@@ -113,6 +113,7 @@ class EagerEngine:
     ) -> None:
         """Take a step on a batch: inputs n,C,H,W, labels n; the loss times ``weight`` counts."""
         size = self.images_a_pass or len(labels)
+        # Before the gradients are cleared: a trial of the compiled network leaves some.
         passes = list(zip(torch.split(inputs, size), torch.split(labels, size), strict=True))
         networks = [self._choose_network(*images) for images in passes]
         for group in self.optimizer.param_groups:
@@ -124,7 +125,7 @@ class EagerEngine:
                 with self._autocast():
                     logits = network(images)
                 loss = F.cross_entropy(logits.float(), classes)
-                share = weight * len(classes) / len(labels)
+                share = weight * len(classes) / len(labels)  # 1, exactly, for a whole batch
                 (loss if share == 1 else share * loss).backward()  # type: ignore[no-untyped-call]
             self._count(loss.detach() * len(classes), logits.detach(), classes)
         self.optimizer.step()
