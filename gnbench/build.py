@@ -199,15 +199,21 @@ def build_training(
     if config.compile and processes.size > 1 and processes.leads:
         log.warning("compile=true: not on several processes; going on without")
     mean, std = config.dataset.mean, config.dataset.std
+    validation = None
+    if dataset.validation_images is not None and dataset.validation_labels is not None:
+        held_out = (dataset.validation_images, dataset.validation_labels)
+        validation = ResidentData(*held_out, mean, std, device)
     return Training(
         engine,
         ResidentData(dataset.train_images, dataset.train_labels, mean, std, device),
         ResidentData(dataset.test_images, dataset.test_labels, mean, std, device),
+        validation,
         batch_size=config.sgd_batch,
         drop_last=drops_last(config),
         total_steps=training_length(config)[0],
         seed=config.seed,
         augmentation=config.dataset.augmentation,
+        evaluate_every=config.evaluate_every,
     )
 
 

@@ -32,10 +32,12 @@ COMPONENTS = ("model", "norm", "dataset", "optimizer", "schedule")
 IDENTITY = (*GROUPS, "batch_size", "epochs", "precision", "seed")
 # Settings that came after runs had been trained, with the value that means what was done before: at
 # that value they are no part of the identity, so that those runs keep their names.
-LATER: dict[str, dict[str, Any]] = {  # by the component's _target_, else by the group
+LATER: dict[str, dict[str, Any]] = {  # by the component's _target_ or by the group
     "gnbench.models.SimpleNetV2": {"channels": [32, 64, 128], "hidden": 1024},
     "batch": {"accumulate": 1, "decay_rule": "none"},
+    "dataset": {"validation_size": None},
 }
+LATER_IN_EXECUTION = {"evaluate_every": 1}  # of the settings that are no part of the identity
 LARGEST = 2**63 - 1  # of the integers that torch takes
 MOST_REPLICAS = 1000
 
@@ -183,6 +185,7 @@ class DatasetConfig(Settings):
     target: str = Field(alias="_target_")
     root: DataFolder | None
     train_size: Count | None
+    validation_size: Count | None
     image: Annotated[list[Count], Field(min_length=3, max_length=3)]
     classes: Count
     train_images: Count
@@ -194,7 +197,12 @@ class DatasetConfig(Settings):
     @property
     def images(self) -> int:
         """The number of images that are trained on."""
-        return self.train_images if self.train_size is None else self.train_size
+        return self._left if self.train_size is None else self.train_size
+
+    @property
+    def _left(self) -> int:
+        """The number of training images without those for validation."""
+        return self.train_images - (self.validation_size or 0)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -204,10 +212,15 @@ class DatasetConfig(Settings):
                     f"dataset.{key}={values}: must be a list of one number per channel "
                     f"({self.image[0]})"
                 )
-        if self.train_size is not None and not self.classes <= self.train_size <= self.train_images:
+        most = self.train_images - self.classes
+        if self.validation_size and not self.classes <= self.validation_size <= most:
             raise ValueError(
-                f"dataset.train_size={self.train_size}: must be from {self.classes} to "
-                f"{self.train_images}"
+                f"dataset.validation_size={self.validation_size}: must be from {self.classes} to "
+                f"{most}"
+            )
+        if self.train_size is not None and not self.classes <= self.train_size <= self._left:
+            raise ValueError(
+                f"dataset.train_size={self.train_size}: must be from {self.classes} to {self._left}"
             )
         return self
 
@@ -246,6 +259,7 @@ class RunConfig(Settings):
     engine: Literal["auto", "eager", "graph"]
     compile: bool
     checkpoint_seconds: NotNegative
+    evaluate_every: Count
     progress: Literal["auto", "bar", "lines"]
     rerun: bool
     wait: bool
@@ -286,7 +300,8 @@ class RunConfig(Settings):
         """Add what a record, or a file of one's own, is too old to name."""
         if not isinstance(config, Mapping):
             return config
-        return {key: _with_later(key, value) for key, value in config.items()}
+        settings = {key: _with_later(key, value) for key, value in config.items()}
+        return LATER_IN_EXECUTION | settings
 
     @property
     def sgd_batch(self) -> int:
@@ -351,7 +366,7 @@ def all_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _later(group: str, settings: Any) -> dict[str, Any]:
     target = settings.get("_target_") if isinstance(settings, Mapping) else None
-    return LATER.get(str(target), {}) if group in COMPONENTS else LATER.get(group, {})
+    return LATER.get(group, {}) | (LATER.get(str(target), {}) if group in COMPONENTS else {})
 
 
 def _with_later(group: str, settings: Any) -> Any:

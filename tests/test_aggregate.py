@@ -400,7 +400,7 @@ def test_it_writes_what_the_contract_says_beside_the_runs(study, capsys, monkeyp
     said = capsys.readouterr().out
     assert "study demo: 19 finished runs" in said
     assert "17.35 ± 0.56 (3)" in said
-    assert f"{cut} has 2 whole rows of 3; the result stands in run.json" in said
+    assert f"{cut} ends with epoch 2 of 3; the result stands in run.json" in said
     assert "figure.reference=wu2018: no values for these networks" in said
     assert read_runs(study.parent, "demo").equals(read_runs("~/outputs"))
 

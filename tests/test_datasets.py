@@ -17,8 +17,9 @@ import torch
 from gnbench import datasets
 from gnbench.check import compose
 from gnbench.config import DatasetConfig
-from gnbench.datasets import Dataset, balanced_subset, cache, sources
+from gnbench.datasets import Dataset, balanced_subset, cache, hold_out, sources
 from gnbench.errors import ConfigError, DataError
+from tests import tiny
 
 HERE = sys.modules[__name__]
 RIGHT = {
@@ -32,6 +33,7 @@ RIGHT = {
 def settings(**changed):
     """Return what a conf/dataset says of RIGHT, which the function HERE.users returns."""
     said = {"name": "mine", "_target_": f"{__name__}.users", "root": None, "train_size": None}
+    said["validation_size"] = None
     said |= {"image": [1, 8, 12], "classes": 4, "train_images": 48, "test_images": 20}
     said |= {"mean": [0.5], "std": [0.2], "augmentation": "none"}
     return DatasetConfig.parse(said | changed)
@@ -450,3 +452,31 @@ def test_fashion_mnist_from_the_package_mirror_holds_the_embedded_subset(tmp_pat
     subset = balanced_subset(datasets._dataset(arrays), 2000)
     assert torch.equal(subset.train_images, embedded.train_images)
     assert torch.equal(subset.train_labels, embedded.train_labels)
+
+
+@pytest.mark.parametrize("size", [4, 10, 13])
+def test_validation_images_are_the_last_of_each_class(size):
+    whole = tiny.dataset()
+    held = hold_out(whole, size)
+    labels = whole.train_labels.tolist()
+    expected = []
+    for label in range(4):
+        positions = [i for i, own in enumerate(labels) if own == label]
+        expected += positions[len(positions) - size // 4 - (label < size % 4) :]
+    expected = sorted(expected)
+    rest = [i for i in range(48) if i not in expected]
+    assert held.validation_labels.tolist() == [labels[i] for i in expected]
+    assert torch.equal(held.validation_images, whole.train_images[expected])
+    assert torch.equal(held.train_images, whole.train_images[rest])
+    assert held.train_labels.tolist() == [labels[i] for i in rest]
+    assert held.test_images is whole.test_images
+
+
+def test_a_subset_is_taken_of_what_validation_leaves():
+    config = compose(*tiny.OVERRIDES, "dataset.validation_size=8", "dataset.train_size=40")
+    dataset = datasets.load(config.dataset)
+    assert (len(dataset.train_labels), len(dataset.validation_labels)) == (40, 8)
+    with pytest.raises(ConfigError, match="train_size=41: must be from 4 to 40"):
+        compose(*tiny.OVERRIDES, "dataset.validation_size=8", "dataset.train_size=41")
+    with pytest.raises(ConfigError, match="validation_size=45: must be from 4 to 44"):
+        compose(*tiny.OVERRIDES, "dataset.validation_size=45")

@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from gnbench.runs import directory, open_run
 from gnbench.runs.directory import RunDirectory, read_correct
 from gnbench.runs.runner import run
 from gnbench.train.engine import EagerEngine
+from gnbench.train.row import COLUMNS
 from tests import tiny
 from tests.conftest import measured
 
@@ -486,3 +488,49 @@ def test_a_bar_shows_on_request_and_lines_elsewhere(tiny_config, capfd, caplog):
     assert "eta 0:00:00" in caplog.text
     run(tiny_config("progress=bar", "seed=1"))
     assert "gn bs8 seed1: 100%" in capfd.readouterr().err
+
+
+def test_a_validation_has_columns_of_its_own(tiny_config, monkeypatch):
+    """Its errors by hand; also after an interruption; without one the run is the one it was."""
+    config = tiny_config("dataset.validation_size=8", "epochs=7", "checkpoint_seconds=0")
+    interrupt(config, monkeypatch, 11, signal.SIGTERM)
+    record = run(config)
+    rows = RunDirectory(config.run_dir).rows()
+    assert list(rows[0]) == list(COLUMNS)
+    assert [row["val_total"] for row in rows] == [8] * 7
+    assert [row["step"] for row in rows] == [5 * n for n in range(1, 8)]  # 40 images are left
+    errors = [row["val_error"] for row in rows]
+    assert record["result"]["val_error"] == sorted(errors[-5:])[2]
+    model = build.build_model(config)
+    model.load_state_dict(torch.load(config.run_dir / "model.pt", weights_only=True))
+    held = build.load_dataset(config)
+    images = ((held.validation_images / 255 - 0.2860) / 0.3530).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        wrong = (model.eval()(images).argmax(dim=1) != held.validation_labels).sum().item()
+    assert rows[-1]["val_wrong"] == wrong
+    assert config.run_id != tiny_config("epochs=7").run_id
+
+
+def test_evaluating_seldom_changes_nothing_else(tiny_config):
+    """Of twelve epochs the fourth, and the last five; the same weights and the same run."""
+    often = tiny_config("epochs=12")
+    expected = run(often)
+    rows = RunDirectory(often.run_dir).rows()
+    seldom = tiny_config("epochs=12", "evaluate_every=4", "rerun=true", "checkpoint_seconds=0")
+    assert seldom.run_id == often.run_id
+    assert run(seldom)["result"] == expected["result"]
+    found = RunDirectory(often.run_dir).rows()
+    for one, other in zip(found, rows, strict=True):
+        assert one["train_loss"] == other["train_loss"]
+        if one["epoch"] in (4, 8, 9, 10, 11, 12):
+            assert one["test_wrong"] == other["test_wrong"]
+        else:
+            assert math.isnan(one["test_wrong"])
+
+
+def test_an_interruption_between_evaluations_leaves_a_record(tiny_config, monkeypatch):
+    config = tiny_config("epochs=12", "evaluate_every=100", "checkpoint_seconds=0")
+    interrupt(config, monkeypatch, 20, signal.SIGTERM)
+    record = RunDirectory(config.run_dir).record()
+    assert (record["status"], record["result"]) == ("interrupted", None)
+    assert run(config)["result"]["epochs"] == 12

@@ -173,7 +173,7 @@ def test_lost_jobs_cost_their_own_cells_and_the_same_command_mends_them(
     slurm, start, whole, cli, tmp_path
 ):
     outputs = tmp_path / "outputs"
-    sweep = (*LONG, *SLURM, "norm=bn,gn,ln", "checkpoint_seconds=0")
+    sweep = (*LONG, *SLURM, "norm=bn,gn,ln", "checkpoint_seconds=0.1")
     process = start(*sweep)
     training(outputs, "-bn-", "checkpoint.pt")
     killed, cancelled = job(outputs, 0), job(outputs, 1)

@@ -14,10 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 
 from gnbench import cli, files
+from gnbench.aggregate.select import select_on_validation
 from gnbench.aggregate.statistics import differing, settings_of, summarize
 from gnbench.aggregate.study import Study, published, read_metrics, read_study, short_metrics
 from gnbench.config import Count, Folder, Settings, conf_dir
 from gnbench.config import Study as StudyName
+from gnbench.runs.directory import FINISHED
 from gnbench.sweep.plan import find_studies
 
 if TYPE_CHECKING:
@@ -39,11 +41,21 @@ class AggregateConfig(Settings):
 
     outputs: Folder
     study: StudyName | None
+    select: str | list[str] | None
     figure: FigureConfig
+
+    @property
+    def selected(self) -> list[str]:
+        """The settings that are chosen on the validation images."""
+        given = self.select or []
+        return given.split(",") if isinstance(given, str) else given
 
 
 def write_studies(
-    outputs: str | Path = "outputs", study: str | None = None, **figure: Any
+    outputs: str | Path = "outputs",
+    study: str | None = None,
+    select: str | None = None,
+    **figure: Any,
 ) -> list[Study]:
     """Write tables and figures of one study, or of every one, beside its runs; print the account.
 
@@ -54,7 +66,8 @@ def write_studies(
         WriteError: if a study cannot be written.
     """
     defaults: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "aggregate.yaml"))
-    given = {"outputs": str(outputs), "study": study, "figure": defaults["figure"] | figure}
+    given = {"outputs": str(outputs), "study": study, "select": select}
+    given["figure"] = defaults["figure"] | figure
     return aggregate(AggregateConfig.parse(given))
 
 
@@ -63,28 +76,37 @@ def aggregate(config: AggregateConfig) -> list[Study]:
     look = config.figure
     values = None if look.reference is None else published(look.reference)
     studies = [read_study(path) for path in find_studies(config.outputs, config.study)]
+    names = config.selected
+    selected = [select_on_validation(study.runs, names) for study in studies] if names else []
     from gnbench.aggregate import figure, verdict  # import matplotlib: not for --help
 
-    for study in studies:
+    for number, study in enumerate(studies):
+        runs, tables = study.runs, {"results.csv": study.runs}
+        if selected:
+            runs, tables["selected.csv"] = selected[number]
+            study.notes.append(
+                f"{', '.join(names)}: of each cell the value with the lowest validation error "
+                "(selected.csv)"
+            )
+        finished = runs[runs["status"].isin(FINISHED)]
         if values is not None and study.runs.merge(values, on=["dataset", "model"]).empty:
             problem = f"figure.reference={look.reference}: no values for these networks"
             study.problems.append(problem)
-        summary, metrics = summarize(study.runs), read_metrics(study.runs)
-        study.notes += short_metrics(study.finished, metrics)
-        panels = verdict.panels(study.runs, settings_of(summary), look.against, look.registered)
-        tables = {"results.csv": study.runs, "summary.csv": summary}
-        tables["comparisons.csv"] = verdict.comparison_table(panels)
+        summary, metrics = summarize(runs), read_metrics(runs)
+        study.notes += short_metrics(finished, metrics)
+        panels = verdict.panels(finished, settings_of(summary), look.against, look.registered)
+        tables |= {"summary.csv": summary, "comparisons.csv": verdict.comparison_table(panels)}
         texts = {name: table.to_csv(index=False) for name, table in tables.items()}
         texts["verdict.md"] = verdict.markdown(study.path.name, panels)
         for name, text in texts.items():
             files.replace(study.path / name, text.encode(errors="replace"))
         if not summary.empty:
-            errors = figure.draw_errors(summary, study.finished, look.order, look.baseline, values)
+            errors = figure.draw_errors(summary, finished, look.order, look.baseline, values)
             for suffix in ("png", "svg", "pdf"):
                 figure.save(errors, study.path / f"figure.{suffix}")
         if not metrics.empty:
-            settings = differing(study.runs)
-            metrics = metrics.merge(study.runs[["run_id", *settings]], on="run_id")
+            settings = differing(runs)
+            metrics = metrics.merge(runs[["run_id", *settings]], on="run_id")
             curves = figure.draw_curves(metrics, settings, look.order)
             figure.save(curves, study.path / "curves.png")
         print(describe(study, summary, look.order, panels))

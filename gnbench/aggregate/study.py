@@ -23,7 +23,7 @@ from gnbench.train.row import METRICS
 CELL = ["dataset", "model", "norm", "batch_size"]
 VERSIONS = ["gnbench", "torch", "python"]
 NUMBERS = ["test_error", "test_error_final", "epochs_done", "seconds", "peak_memory_bytes"]
-NUMBERS += ["activation_bytes"]
+NUMBERS += ["activation_bytes", "val_error"]
 TEXTS = ["device", "engine", *VERSIONS, "started", "error"]
 RECORD = ["study", "run_id", "status", *CELL, "seed", *NUMBERS, *TEXTS, "directory"]
 PUBLISHED = Path(__file__).parents[1] / "data" / "published.csv"
@@ -123,11 +123,12 @@ def read_metrics(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def short_metrics(finished: pd.DataFrame, metrics: pd.DataFrame) -> list[str]:
-    """Name the finished runs whose metrics have fewer whole rows than the run had epochs."""
-    table = finished.assign(rows=finished["run_id"].map(metrics["run_id"].value_counts()).fillna(0))
-    short = table[table["rows"] < pd.to_numeric(table["epochs_done"]).fillna(0)]
+    """Name the finished runs whose metrics end before the last epoch, which always has a row."""
+    last = finished["run_id"].map(metrics.groupby("run_id")["epoch"].max()).fillna(0)
+    table = finished.assign(last=last)
+    short = table[table["last"] < pd.to_numeric(table["epochs_done"]).fillna(0)]
     return [
-        f"{row['directory']}/metrics.csv has {row['rows']:.0f} whole rows of "
+        f"{row['directory']}/metrics.csv ends with epoch {row['last']:.0f} of "
         f"{row['epochs_done']:.0f}; the result stands in run.json"
         for _, row in short.iterrows()
     ]
@@ -168,6 +169,7 @@ def _row(study: str, run_dir: Path) -> dict[str, Any]:
         "seed": settings["seed"],
         "test_error": result.get("test_error"),
         "test_error_final": result.get("test_error_final"),
+        "val_error": result.get("val_error"),
         "epochs_done": result.get("epochs"),
         "directory": str(run_dir),
         "processes": int(record["config"].get("processes", 1)),

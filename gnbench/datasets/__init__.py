@@ -6,7 +6,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,13 @@ class Dataset:
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+    validation_images: Tensor | None = None  # held out of the training images by `load`
+    validation_labels: Tensor | None = None
 
     def to(self, device: torch.device) -> Dataset:
         """Return it on ``device``."""
-        return Dataset(*(tensor.to(device) for tensor in vars(self).values()))
+        tensors = (None if t is None else t.to(device) for t in vars(self).values())
+        return Dataset(*tensors)  # type: ignore[arg-type]
 
 
 def load(settings: DatasetConfig) -> Dataset:
@@ -49,6 +52,8 @@ def load(settings: DatasetConfig) -> Dataset:
     try:
         dataset = _returned(get_method(settings.target), settings.root)
         _check(dataset, settings)
+        if settings.validation_size is not None:
+            dataset = hold_out(dataset, settings.validation_size)
         if settings.train_size is not None:
             dataset = balanced_subset(dataset, settings.train_size)
     except DataError:
@@ -98,20 +103,50 @@ def balanced_subset(dataset: Dataset, train_size: int) -> Dataset:
     Raises:
         ConfigError: if a class has too few images.
     """
-    labels = dataset.train_labels
+    order = _of_each_class(dataset.train_labels, "train_size", train_size)
+    return replace(
+        dataset,
+        train_images=dataset.train_images[order],
+        train_labels=dataset.train_labels[order],
+    )
+
+
+def hold_out(dataset: Dataset, validation_size: int) -> Dataset:
+    """Take the last ``validation_size`` training images, in equal parts, for validation.
+
+    Where that is no multiple of the number of classes, the first classes give one more. All stay in
+    their order.
+
+    Raises:
+        ConfigError: if a class has too few images.
+    """
+    images, labels = dataset.train_images, dataset.train_labels
+    backwards = _of_each_class(labels.flip(0), "validation_size", validation_size)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    held[len(labels) - 1 - backwards] = True
+    return replace(
+        dataset,
+        train_images=images[~held],
+        train_labels=labels[~held],
+        validation_images=images[held],
+        validation_labels=labels[held],
+    )
+
+
+def _of_each_class(labels: Tensor, setting: str, size: int) -> Tensor:
+    """Return the first ``size`` positions, the classes in equal parts, sorted (int64)."""
     classes = int(labels.max()) + 1
     kept = []
     for label in range(classes):
-        wanted = train_size // classes + (label < train_size % classes)
+        wanted = size // classes + (label < size % classes)
         positions = torch.nonzero(labels == label).flatten()
         if len(positions) < wanted:
             raise ConfigError(
-                f"dataset.train_size={train_size} takes {wanted} images of each class, but class "
+                f"dataset.{setting}={size} takes {wanted} images of each class, but class "
                 f"{label} has {len(positions)}: choose a smaller one"
             )
         kept.append(positions[:wanted])
-    order = torch.cat(kept).sort().values
-    return replace(dataset, train_images=dataset.train_images[order], train_labels=labels[order])
+    return torch.cat(kept).sort().values
 
 
 @functools.lru_cache(maxsize=4)
@@ -126,7 +161,8 @@ def _returned(function: Callable[[str | None], Any], root: str | None) -> Datase
 
 
 def _dataset(arrays: Mapping[str, Any]) -> Dataset:
-    return Dataset(*(_tensor(field.name, arrays[field.name]) for field in fields(Dataset)))
+    names = [field.name for field in fields(Dataset) if field.default is MISSING]
+    return Dataset(*(_tensor(name, arrays[name]) for name in names))
 
 
 def _tensor(name: str, value: Any) -> Tensor:

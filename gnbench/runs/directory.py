@@ -8,10 +8,11 @@ import importlib.metadata
 import io
 import json
 import logging
+import math
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,13 +25,12 @@ from gnbench import files
 from gnbench.errors import DamagedError
 from gnbench.files import explained
 from gnbench.runs.lock import Heartbeat, hold
-from gnbench.train.row import METRICS
+from gnbench.train.row import COLUMNS, LAST_EPOCHS, METRICS
 
 log = logging.getLogger(__name__)
 
 FINISHED = ("completed", "diverged")  # such a run is not trained again unless asked
 STATUSES = (*FINISHED, "running", "interrupted", "failed", "out_of_memory")
-REPORTED_EPOCHS = 5  # the reported error is the median of the last five (Wu & He 2018, 4.1)
 
 
 class RunDirectory:
@@ -182,16 +182,17 @@ class RunDirectory:
 def result(rows: Sequence[Mapping[str, float]], diverged: bool) -> dict[str, float] | None:
     """Return what a run reports: the median test error of the last epochs, and the last one's.
 
-    A diverged run reports its last error: the epochs before it say nothing of where it ended.
+    The validation error, if there is one, in the same way. A diverged run reports its last error:
+    the epochs before it say nothing of where it ended.
     """
-    if not rows:
-        return None
-    errors = [row["test_error"] for row in rows]
-    return {
-        "test_error": errors[-1] if diverged else statistics.median(errors[-REPORTED_EPOCHS:]),
-        "test_error_final": errors[-1],
-        "epochs": len(rows),
-    }
+    found: dict[str, float] = {}
+    for name in ("test_error", "val_error"):
+        measured = [row.get(name, math.nan) for row in rows[-LAST_EPOCHS:]]
+        errors = [error for error in measured if not math.isnan(error)]
+        if errors:
+            found[name] = errors[-1] if diverged else statistics.median(errors)
+            found[f"{name}_final"] = errors[-1]
+    return {**found, "epochs": len(rows)} if "test_error" in found else None
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -238,10 +239,12 @@ def read_metrics(path: str | Path) -> Iterator[dict[str, float]]:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    for values in csv.reader(whole[1:]):
+    header, *whole = csv.reader(text[: text.rfind("\n") + 1].splitlines() or [""])
+    names = header if tuple(header) == COLUMNS else METRICS
+    for values in whole:
         try:
-            yield dict(zip(METRICS, map(float, values), strict=True))
+            numbers = [float(value or "nan") for value in values]
+            yield dict(zip(names, numbers, strict=True))
         except ValueError:
             return
 
@@ -286,9 +289,9 @@ def _save(path: Path, state: Mapping[str, Any]) -> None:
     files.replace(path, buffer.getbuffer())
 
 
-def _csv(rows: Iterable[Mapping[str, Any]], header: bool) -> str:
+def _csv(rows: Sequence[Mapping[str, Any]], header: bool) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, METRICS, lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     if header:
         writer.writeheader()
     writer.writerows(rows)

@@ -24,7 +24,7 @@ from gnbench.train import devices
 from gnbench.train.distributed import ProcessGroup
 from gnbench.train.loop import Training
 from gnbench.train.replicas import ReplicaGroup
-from gnbench.train.row import Row
+from gnbench.train.row import VALIDATION, Row
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class OpenRun:
             for row in stoppable(training, stop, self._wants_checkpoint, self._save_checkpoint):
                 yield training.position.step
                 if row is not None:
-                    self._rows.append(asdict(row))
+                    self._rows.append(_measured(row, training))
                     self._directory.append(self._rows[-1])
                     self._warn_of_rounding(said)
                 self._heartbeat.step = training.position.step
@@ -198,6 +198,14 @@ class OpenRun:
         )
         self._saved = time.monotonic()
         self._saving_seconds = self._saved - began if self._config.checkpoint_seconds else 0.0
+
+
+def _measured(row: Row, training: Training) -> dict[str, Any]:
+    """Return the row of ``metrics.csv``: without a validation it has no columns for it."""
+    values = asdict(row)
+    if training.validation is None:
+        values = {name: value for name, value in values.items() if name not in VALIDATION}
+    return values
 
 
 def stoppable(

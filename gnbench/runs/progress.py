@@ -103,10 +103,15 @@ class Progress:
             error = 100 * wrong / self._training.position.seen
             self._bar.set_postfix_str(f"train error {error:.1f} %", refresh=False)
         if row is not None:
-            self._bar.set_postfix_str(f"test error {row.test_error:.2f} %", refresh=False)
+            tested = ""
+            if row.test_loss is not None:
+                self._bar.set_postfix_str(f"test error {row.test_error:.2f} %", refresh=False)
+                tested = f"test loss {row.test_loss:.4f} error {row.test_error:.2f} %  "
+            if row.val_error is not None:
+                tested += f"validation error {row.val_error:.2f} %  "
             self._log.info(
                 "%s  epoch %d/%d  step %d  lr %.2e  train loss %.4f error %.2f %%  "
-                "test loss %.4f error %.2f %%  %.0f images/s  eta %s",
+                "%s%.0f images/s  eta %s",
                 self._name,
                 row.epoch,
                 self._epochs,
@@ -114,8 +119,7 @@ class Progress:
                 row.lr,
                 row.train_loss,
                 row.train_error,
-                row.test_loss,
-                row.test_error,
+                tested,
                 row.images_per_second,
                 duration(self._seconds_a_step(row) * (self._training.total_steps - row.step)),
             )

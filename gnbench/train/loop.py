@@ -13,8 +13,9 @@ import torch
 from gnbench.train.batches import ResidentData, draw_epoch
 from gnbench.train.engine import Epoch
 from gnbench.train.graph_engine import Engine
-from gnbench.train.row import Row
+from gnbench.train.row import LAST_EPOCHS, Row
 
+TESTED = ("test_loss", "test_error", "test_wrong", "test_total")
 DIVERGENCE_CHECK = 128  # steps between two looks at the loss, each of which waits for the device
 
 
@@ -42,16 +43,20 @@ class Training:
         engine: Engine,
         train: ResidentData,
         test: ResidentData,
+        validation: ResidentData | None = None,
         *,
         batch_size: int,
         drop_last: bool,
         total_steps: int,
         seed: int,
         augmentation: str,
+        evaluate_every: int = 1,
     ) -> None:
         self.engine = engine
         self.train = train
         self.test = test
+        self.validation = validation
+        self.evaluate_every = evaluate_every
         self.batch_size = batch_size
         self.steps_per_epoch = steps_per_epoch(len(train), batch_size, drop_last)
         self.total_steps = total_steps
@@ -122,22 +127,39 @@ class Training:
         loss_sum, wrong = self.engine.totals()
         trained = at.epoch_seconds
         started = time.perf_counter()
-        test_loss_sum, test_wrong = self.engine.evaluate(self.test)
+        measured: dict[str, Any] = dict.fromkeys(TESTED)
+        if self.evaluates(at.epoch + 1):
+            measured = self._measured("test", self.test)
+            if self.validation is not None:
+                measured |= self._measured("val", self.validation)
+        else:
+            self.engine.set_totals(0.0, 0)
         row = Row(
             epoch=at.epoch + 1,
             step=at.step,
             lr=self.engine.learning_rate(at.step - 1),
             train_loss=loss_sum / at.seen,
             train_error=100 * wrong / at.seen,
-            test_loss=test_loss_sum / len(self.test),
-            test_error=100 * test_wrong / len(self.test),
-            test_wrong=test_wrong,
-            test_total=len(self.test),
             images_per_second=at.seen / trained,
             seconds=trained + time.perf_counter() - started,
+            **measured,
         )
         self.position = Position(epoch=at.epoch + 1, step=at.step)
         return row
+
+    def evaluates(self, epoch: int) -> bool:
+        """Tell whether an epoch (from 1) ends with an evaluation: the last five always do."""
+        epochs = math.ceil(self.total_steps / self.steps_per_epoch)
+        return self.diverged or epoch % self.evaluate_every == 0 or epoch > epochs - LAST_EPOCHS
+
+    def _measured(self, name: str, data: ResidentData) -> dict[str, Any]:
+        loss_sum, wrong = self.engine.evaluate(data)
+        return {
+            f"{name}_loss": loss_sum / len(data),
+            f"{name}_error": 100 * wrong / len(data),
+            f"{name}_wrong": wrong,
+            f"{name}_total": len(data),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resume needs, as tensors and plain values.
