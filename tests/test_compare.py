@@ -152,7 +152,8 @@ def test_nothing_is_interpolated_across_a_batch_size_that_diverged():
     runs = study({"bn": bn, "gn": gn})
     runs.loc[runs["test_error"] > 80, "status"] = "diverged"
     text = said(runs)
-    assert "GN against BN: lower error at 2 and 32" in text
+    assert "lower error at 2 (-4.00 [" in text
+    assert "]) and 32 (-4.00 [" in text
     assert "do not cross" not in text
     assert "not shown by these data. What happens about 8 is not known." in text
 

@@ -156,7 +156,7 @@ class Panel:
                     f"(McNemar, p {_p(one.mcnemar, '= ')}); that says nothing of other seeds."
                 )
         if untested:
-            said.append(f"{names}: not compared at {_numbers(untested)}, where runs diverged.")
+            said.append(f"{names}: not compared at {_listed(untested)}, where runs diverged.")
         return said
 
 
@@ -213,15 +213,14 @@ def _shown(tested: Sequence[Comparison]) -> str:
     words = {-1: "lower error at", 1: "higher error at", 0: "no difference is shown at"}
     parts = []
     for sign, group in itertools.groupby(tested, key=lambda c: c.shown):
-        of_group = list(group)
-        sizes = _numbers([c.batch_size for c in of_group])
-        found = ", ".join(
-            f"{c.difference:+.2f} [{c.ci_low:+.2f}, {c.ci_high:+.2f}]" for c in of_group
-        )
-        parts.append(f"{words[sign]} {sizes} ({found})")
+        found = [
+            f"{c.batch_size} ({c.difference:+.2f} [{c.ci_low:+.2f}, {c.ci_high:+.2f}])"
+            for c in group
+        ]
+        parts.append(f"{words[sign]} {_listed(found)}")
     families = sorted({c.family for c in tested if c.family and c.family > 1})
     if families:
-        over = _numbers(families)
+        over = _listed(families)
         parts.append(f"p by Holm over {over} comparisons, the intervals each by itself")
     return "; ".join(parts)
 
@@ -233,7 +232,7 @@ def _crossing(line: Line, tested: Sequence[Comparison], untested: Sequence[int])
     signs = {c.shown for c in tested}
     low, high = tested[0].batch_size, tested[-1].batch_size
     gap = [size for size in untested if low < size < high]
-    besides = f" What happens about {_numbers(gap)} is not known." if gap else ""
+    besides = f" What happens about {_listed(gap)} is not known." if gap else ""
     if {-1, 1} <= signs and line.crossings:
         where = " and ".join(f"{at:.3g}" for at in line.crossings)
         pieces = " or ".join(f"{a:.3g} to {b:.3g}" for a, b in line.crossing_set)
@@ -247,11 +246,11 @@ def _detectable(tested: Sequence[Comparison]) -> str:
     found = [c.detectable for c in tested if c.detectable is not None]
     low, high = f"{min(found):.1f}", f"{max(found):.1f}"
     points = f"{low} points" if low == high else f"{low} to {high} points"
-    seeds = _numbers(sorted({n for c in tested for n in (c.n_seeds, c.n_seeds_against)}))
+    seeds = _listed(sorted({n for c in tested for n in (c.n_seeds, c.n_seeds_against)}))
     return f"With {seeds} seeds a difference of {points} would be shown (power 80 %)."
 
 
-def _numbers(values: Sequence[int]) -> str:
+def _listed(values: Sequence[object]) -> str:
     *first, last = map(str, values)
     return f"{', '.join(first)} and {last}" if first else last
 
