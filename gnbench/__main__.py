@@ -20,7 +20,7 @@ from gnbench.train import distributed
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def app(config: DictConfig) -> float:
-    """Carry out a run or a cell; return its test error in percent, for sweepers that optimize."""
+    """Carry out a run or a cell; return its error in percent, for sweepers that optimize."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         launchers.enter()
         return command.attempt(RunConfig.parse(config))

@@ -6,6 +6,7 @@ import copy
 import csv
 import hashlib
 import io
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -371,7 +372,8 @@ def _dataset(config: EvaluateConfig, run: RunConfig, known: dict[str, Dataset]) 
 
 def _last_wrong(run_dir: RunDirectory) -> int | None:
     rows = run_dir.rows()
-    return int(rows[-1]["test_wrong"]) if rows else None
+    wrong = rows[-1]["test_wrong"] if rows else math.nan
+    return None if math.isnan(wrong) else int(wrong)
 
 
 def _text(images: int | None) -> str:

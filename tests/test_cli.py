@@ -1,6 +1,7 @@
 """The real commands in processes of their own, as a user types them."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from gnbench.check import compose
+from gnbench.runs.runner import run
+from gnbench.sweep import command
 from tests import tiny
 from tests.conftest import ROOT, environment, measured, started, variant
 
@@ -310,3 +314,21 @@ def test_the_installed_wheel_runs_from_anywhere(wheel, tmp_path):
     [record] = [json.loads(p.read_text()) for p in tmp_path.rglob("*seed1*/run.json")]
     assert re.fullmatch(r"\d+\.\d+\.\d+", record["versions"]["gnbench"])  # no commit in a wheel
     assert sorted(p.name for p in tmp_path.iterdir()) == ["outputs"]
+
+
+def test_a_line_is_named_on_the_command_line_as_the_verdict_says(cli, tmp_path):
+    small = (*tiny.OVERRIDES, *tiny.SMALL, "epochs=1", "norm=ghost_bn")
+    for images in (2, 8):
+        run(compose(*small, f"norm.images={images}", f"outputs={tmp_path}/outputs"))
+    said = cli(module="gnbench.aggregate", check=0).stdout
+    hint = """'figure.against="GHOST_BN norm.images=8"'"""
+    assert hint in said
+    said = cli(hint.strip("'"), module="gnbench.aggregate", check=0).stdout
+    assert "A single seed has no interval" in said
+    assert "Nothing is compared" not in said
+
+
+@pytest.mark.parametrize("result", [{"test_error": 5.0, "val_error": 7.0}, {"test_error": 7.0}])
+def test_a_sweeper_optimizes_on_validation_images_if_there_are_any(result):
+    assert command.objective({"result": result}) == 7.0
+    assert math.isnan(command.objective({"result": None}))

@@ -244,7 +244,8 @@ def test_any_line_can_be_the_reference():
     runs = pd.concat([runs.assign(**{"norm.images": 64}), more.assign(**{"norm.images": 2})])
     text = said(runs, against="gn norm.images=64")
     assert "GN norm.images=2 against GN norm.images=64: higher error at 64 (+3.00" in text
-    assert "Nothing is compared: figure.against=bn is not there; choose a norm" in said(runs)
+    assert "Nothing is compared: figure.against=bn is not there; choose a norm or" in said(runs)
+    assert """'figure.against="GN norm.images=2"'""" in said(runs)
     of_bn = runs.assign(norm="bn", run_id=runs["run_id"] + "y")
     twice = pd.concat([of_bn, study({"gn": {64: 20 + SPREAD}})])
     assert "GN: not compared: figure.against=bn stands for several lines; choose" in said(twice)

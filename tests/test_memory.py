@@ -35,6 +35,12 @@ def test_the_network_without_a_norm_by_hand():
     assert held("none") == images + blocks + log_softmax + labels + total_weight
 
 
+def test_in_bf16_weights_are_no_activations_either():
+    """A convolution's bf16 weights are copies of the moment; its inputs are kept in bf16."""
+    one, more = (held("none", count, precision="bf16") for count in (16, 32))
+    assert more == 2 * one - 4 * 1  # the sum of the class weights of the loss stays
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_activations_grow_by_the_same_bytes_an_image(norm):
     sizes = [held(norm, count) for count in (16, 32, 48)]
@@ -88,6 +94,12 @@ def test_the_command_names_the_largest_batch_that_fits(tmp_path, capsys):
         for size, fits in ((largest, True), (largest + 1, False)):
             one = measured(norm, size)
             assert (one <= 2**26) is fits, (norm, size)
+
+
+def test_a_variant_has_a_line_of_its_own(tmp_path, capsys):
+    table = memory(settings(tmp_path / "memory", norms=["gn", "gn8", "gn"], batch_sizes=[2]))
+    assert table["norm"].tolist() == ["gn", "gn8"]
+    assert "gn8 " in capsys.readouterr().out
 
 
 def measured(norm, size):

@@ -5,6 +5,7 @@ import pytest
 
 from gnbench.aggregate.__main__ import write_studies
 from gnbench.aggregate.select import select_on_validation
+from gnbench.aggregate.statistics import differing
 from gnbench.errors import ConfigError
 
 
@@ -55,9 +56,32 @@ def test_runs_without_a_result_are_not_chosen():
     assert set(kept["run_id"]) == {"run4", "run6"}
 
 
+def test_rates_that_diverge_or_lack_seeds_come_last():
+    table = runs(
+        ("bn", 2, 0.1, 0, 30.0, 1.0),
+        ("bn", 2, 0.1, 1, 30.0, 1.0),
+        ("bn", 2, 0.2, 0, 20.0, 1.0),
+        ("bn", 2, 0.2, 1, 20.0, 1.0),
+        ("bn", 2, 0.3, 0, 10.0, 1.0),  # one seed of two
+    )
+    table.loc[3, "status"] = "diverged"
+    kept, _ = select_on_validation(table, ["optimizer.lr"])
+    assert kept["run_id"].tolist() == ["run0", "run1"]
+
+
+def test_a_component_that_is_chosen_brings_its_settings():
+    names = GRID["optimizer.lr"].map({0.1: "adamw", 0.2: "sgd"})
+    kept, _ = select_on_validation(GRID.assign(**{"optimizer.name": names}), ["optimizer.name"])
+    assert differing(kept) == []
+    assert not [column for column in kept if column.startswith("optimizer.")]
+
+
 @pytest.mark.parametrize(
     ("table", "names", "words"),
     [
+        (GRID, ["seed"], "select=seed: no such setting"),
+        (GRID, ["norm"], "select=norm: no such setting"),
+        (GRID, ["val_error"], "select=val_error: no such setting"),
         (GRID, ["optimizer.rate"], "no such setting; what differs is optimizer.lr"),
         (GRID.assign(val_error=float("nan")), ["optimizer.lr"], "run0 has no validation error"),
     ],
@@ -82,4 +106,10 @@ def test_a_study_is_drawn_by_what_was_chosen(tiny_config, tmp_path, capsys):
     assert pd.read_csv(folder / "summary.csv")["n_seeds"].tolist() == [1, 1]
     assert "optimizer.lr: of each cell the value with the lowest validation error" in said
     with pytest.raises(ConfigError, match="select=nothing: no such setting"):
-        write_studies(tmp_path / "outputs", select="nothing")
+        write_studies(tmp_path / "outputs", "default", select="nothing")
+    # Of all studies those without a validation are passed over, and that is said.
+    run(tiny_config("study=other"))
+    write_studies(tmp_path / "outputs", select="optimizer.lr")
+    said = capsys.readouterr().out
+    assert "nothing was selected: select=optimizer.lr: tiny-" in said
+    assert "optimizer.lr: of each cell" in said

@@ -19,6 +19,7 @@ from gnbench.aggregate.statistics import differing, settings_of, summarize
 from gnbench.aggregate.study import Study, published, read_metrics, read_study, short_metrics
 from gnbench.config import Count, Folder, Settings, conf_dir
 from gnbench.config import Study as StudyName
+from gnbench.errors import ConfigError
 from gnbench.runs.directory import FINISHED
 from gnbench.sweep.plan import find_studies
 
@@ -77,13 +78,20 @@ def aggregate(config: AggregateConfig) -> list[Study]:
     values = None if look.reference is None else published(look.reference)
     studies = [read_study(path) for path in find_studies(config.outputs, config.study)]
     names = config.selected
-    selected = [select_on_validation(study.runs, names) for study in studies] if names else []
+    selected = {}
+    for study in studies if names else []:
+        try:
+            selected[study.path] = select_on_validation(study.runs, names)
+        except ConfigError as error:
+            if config.study is not None:
+                raise
+            study.notes.append(f"nothing was selected: {error}")
     from gnbench.aggregate import figure, verdict  # import matplotlib: not for --help
 
-    for number, study in enumerate(studies):
+    for study in studies:
         runs, tables = study.runs, {"results.csv": study.runs}
-        if selected:
-            runs, tables["selected.csv"] = selected[number]
+        if study.path in selected:
+            runs, tables["selected.csv"] = selected[study.path]
             study.notes.append(
                 f"{', '.join(names)}: of each cell the value with the lowest validation error "
                 "(selected.csv)"

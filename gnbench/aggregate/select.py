@@ -8,8 +8,11 @@ import pandas as pd
 
 from gnbench.aggregate.statistics import differing
 from gnbench.aggregate.study import CELL
+from gnbench.config import GROUPS
 from gnbench.errors import ConfigError
 from gnbench.runs.directory import FINISHED
+
+TOP_LEVEL = ("epochs", "precision")  # settings that stand in no group
 
 
 def select_on_validation(
@@ -18,7 +21,8 @@ def select_on_validation(
     """Keep of ``runs`` in every cell those whose values of ``names`` validated best.
 
     The validation error of a combination of values is the median over its seeds; of equal ones the
-    first is taken. Returns the finished runs that are kept, without the columns ``names``, and what
+    first is taken. One that diverged with a seed, or has fewer seeds than another, comes after all
+    others. Returns the finished runs that are kept, without the columns ``names``, and what
     was chosen: a row a cell, with ``val_error`` and the number of combinations it was the best of.
 
     Raises:
@@ -26,7 +30,9 @@ def select_on_validation(
     """
     runs = runs[runs["status"].isin(FINISHED)]
     for name in names:
-        if name not in runs.columns:
+        group, dot, _ = name.partition(".")
+        component = group in GROUPS and dot and name in runs.columns
+        if not component and name not in TOP_LEVEL:
             known = ", ".join(differing(runs)) or "nothing"
             raise ConfigError(f"select={name}: no such setting; what differs is {known}")
     lacking = runs[runs["val_error"].isna()]
@@ -39,12 +45,29 @@ def select_on_validation(
     kept, chosen = [], []
     for _, own in runs.groupby(cells, dropna=False):
         combinations = own.groupby(list(names), dropna=False, sort=False)
-        medians = combinations["val_error"].transform("median")
+        ranks = pd.DataFrame(
+            {
+                "diverged": combinations["status"].transform(lambda s: (s == "diverged").any()),
+                "seeds": -combinations["seed"].transform("size"),
+                "val_error": combinations["val_error"].transform("median"),
+            }
+        )
         numbers = combinations.ngroup().to_numpy()
-        best = own[numbers == numbers[medians.to_numpy().argmin()]]
+        first = (
+            ranks.reset_index(drop=True).sort_values(["diverged", "seeds", "val_error"]).index[0]
+        )
+        best = own[numbers == numbers[first]]
         kept.append(best)
         values = best.iloc[0][[*cells, *names]].to_dict()
-        chosen.append({**values, "val_error": medians.min(), "combinations": combinations.ngroups})
+        validated = ranks["val_error"].iloc[first]
+        chosen.append({**values, "val_error": validated, "combinations": combinations.ngroups})
     table = pd.concat(kept) if kept else runs
     columns = [*cells, *names, "val_error", "combinations"]
-    return table.drop(columns=list(names)).sort_index(), pd.DataFrame(chosen, columns=columns)
+    # A component that was chosen brings all its settings.
+    dropped = [
+        column
+        for column in table.columns
+        if column in names
+        or any(n.endswith(".name") and column.startswith(n.removesuffix("name")) for n in names)
+    ]
+    return table.drop(columns=dropped).sort_index(), pd.DataFrame(chosen, columns=columns)

@@ -98,13 +98,13 @@ class Panel:
         """Say what the comparisons show, and what they cannot."""
         said = [text for line in self.lines for text in self._said(line)]
         if len(self.lines) > 1:
-            labels = ", ".join(f"'{line.label}'" for line in self.lines)
+            labels = ", ".join(f"'figure.against=\"{line.label}\"'" for line in self.lines)
             for why, group in itertools.groupby(self.alone, key=self.alone.__getitem__):
                 everything = len(self.alone) == len(self.lines)
                 names = "Nothing is" if everything else f"{', '.join(group)}: not"
                 said.append(
                     f"{names} compared: figure.against={self.against} {why}; choose a norm or "
-                    f"one of {labels}."
+                    f"{labels}."
                 )
         if self.pooled is None:
             if any(line.comparisons for line in self.lines):

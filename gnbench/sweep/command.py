@@ -73,11 +73,11 @@ def carry_out(config: DictConfig) -> float:
     record = runner.run(run)
     if record["status"] == "out_of_memory":
         raise SystemExit(FAILED)
-    return test_error(record)
+    return objective(record)
 
 
 def attempt(config: RunConfig) -> float:
-    """Carry out a cell, all its replicas, and return their mean test error.
+    """Carry out a cell, all its replicas, and return their mean error, as `objective`.
 
     A failure is recorded, and the others go on. A run that another process is training is passed
     over. With ``wait`` and a launcher that works in this process, `return_to_passed_over` waits for
@@ -119,9 +119,13 @@ def account() -> tuple[str, int]:
     return table(states), exit_code(states)
 
 
-def test_error(record: Mapping[str, Any]) -> float:
-    """Return the test error of a record in percent; NaN if it has none."""
-    return float(record["result"]["test_error"]) if record["result"] else math.nan
+def objective(record: Mapping[str, Any]) -> float:
+    """Return what a sweeper may optimize: the error in percent, on validation images if there are.
+
+    NaN if the record has no result.
+    """
+    result = record["result"] or {}
+    return float(result.get("val_error", result.get("test_error", math.nan)))
 
 
 def _outcomes(config: RunConfig) -> Iterator[tuple[RunConfig, Outcome]]:
@@ -141,7 +145,7 @@ def _outcomes(config: RunConfig) -> Iterator[tuple[RunConfig, Outcome]]:
 def _noted(run: RunConfig, outcome: Outcome) -> float:
     """Return the test error of a run; note a failure."""
     if not isinstance(outcome, Exception):
-        return test_error(outcome)
+        return objective(outcome)
     if isinstance(outcome, LockedError):
         return math.nan
     if distributed.world_size() > 1:  # the others cannot go on without this process

@@ -272,9 +272,9 @@ def _record_since(began: int, cell: RunConfig) -> dict[str, Any] | None:
     running = [record for record in written if record["status"] == "running"]
     if running or len(written) < cell.replicas:
         return running[0] if running else None
-    return {**written[-1], "result": {"test_error": fmean(map(command.test_error, written))}}
+    return {**written[-1], "result": {"test_error": fmean(map(command.objective, written))}}
 
 
 def _return(record: dict[str, Any] | None) -> JobReturn:
-    value = command.test_error(record) if record else math.nan
+    value = command.objective(record) if record else math.nan
     return JobReturn(status=JobStatus.COMPLETED, _return_value=value)

@@ -174,9 +174,14 @@ class EagerEngine:
         own = {t.untyped_storage().data_ptr() for t in self.model.state_dict().values()}
         held: dict[int, torch.UntypedStorage] = {}  # the storages stay, or an address comes twice
 
+        weights = [p for p in self.model.parameters() if p.ndim > 1]
+        shapes = {tuple(w.shape) for w in weights} | {tuple(w.shape[::-1]) for w in weights}
+
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
+            # With autocast also the copy of a weight in bf16.
+            cast = tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in shapes
+            if storage.data_ptr() not in own and not cast:
                 held[storage.data_ptr()] = storage
             return tensor
 
