@@ -534,3 +534,12 @@ def test_an_interruption_between_evaluations_leaves_a_record(tiny_config, monkey
     record = RunDirectory(config.run_dir).record()
     assert (record["status"], record["result"]) == ("interrupted", None)
     assert run(config)["result"]["epochs"] == 12
+
+
+def test_a_loss_of_precision_is_said_once(tiny_config, monkeypatch):
+    found = iter([None, "conv1: a mean of 60 standard deviations"])
+    monkeypatch.setattr(open_run, "imprecise_statistics", lambda model, images: next(found))
+    config = tiny_config("epochs=5")
+    run(config)
+    log = of(config).log_path.read_text()
+    assert log.count("conv1: a mean of 60 standard deviations: float32 loses more than 1e-3") == 1
