@@ -65,7 +65,8 @@ def one_line(error: BaseException) -> str:
 
 
 def _unreadable(override: str) -> str:
-    """Say how to write a setting that Hydra's grammar refuses."""
+    """Say how to write a setting that Hydra's grammar refuses, on one line whatever is in it."""
+    override = "".join(c if c.isprintable() else repr(c)[1:-1] for c in override)
     key, assigned, value = override.partition("=")
     if not assigned:
         return f"{override}: this is no setting: write KEY=VALUE"

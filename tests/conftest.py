@@ -42,8 +42,8 @@ def measured(metrics):
 
 
 def pytest_xdist_auto_num_workers(config):
-    """Have two workers more than cores for the slow tests: they wait half of the time."""
-    return (os.cpu_count() or 1) + 2 if config.option.markexpr == "slow" else None
+    """Have one worker more than cores for the slow tests: they wait half of the time."""
+    return (os.cpu_count() or 1) + 1 if config.option.markexpr == "slow" else None
 
 
 @pytest.fixture

@@ -249,6 +249,7 @@ REFUSED = {
     "norm=nope": "norm/nope",
     "model": "model: this is no setting: write ",
     "outputs=~/runs": "outputs=~/runs: Hydra cannot read this value; put it in quotes",
+    "~optimizer._partial_=a\nb": r"~optimizer._partial_=a\\nb: Hydra cannot read this value",
     f"epochs=1{'0' * 5000}": "",
     "-m batch_size=range(1,1000000000)": "a sweep of more than 10000 cells; split it",
     "norm._target_=tests.hostile.leave": "a _target_ ends the program",
