@@ -242,8 +242,10 @@ def test_any_line_can_be_the_reference():
     runs = study({"gn": {64: 20 + SPREAD}})
     more = runs.assign(run_id=runs["run_id"] + "x", test_error=runs["test_error"] + 3)
     runs = pd.concat([runs.assign(**{"norm.images": 64}), more.assign(**{"norm.images": 2})])
-    text = said(runs, against="gn norm.images=64")
+    middle = runs.assign(**{"norm.images": 8}, run_id=runs["run_id"] + "m").iloc[:3]
+    text = said(pd.concat([middle, runs]), against="gn norm.images=64")
     assert "GN norm.images=2 against GN norm.images=64: higher error at 64 (+3.00" in text
+    assert text.index("GN norm.images=2 against") < text.index("GN norm.images=8 against")
     assert "Nothing is compared: figure.against=bn is not there; choose a norm or" in said(runs)
     assert """'figure.against="GN norm.images=2"'""" in said(runs)
     of_bn = runs.assign(norm="bn", run_id=runs["run_id"] + "y")

@@ -40,7 +40,11 @@ class Panel:
         """Compare ``runs`` (of one dataset and model) that ``settings`` tell apart."""
         self.against = against
         self.registered = registered
-        runs = sort_norms(runs[runs["status"].isin(FINISHED)].drop_duplicates("run_id"))
+        runs = runs[runs["status"].isin(FINISHED)].drop_duplicates("run_id")
+        if settings:
+            number = runs.groupby(list(settings), dropna=False).ngroup()  # sorts by the settings
+            runs = runs.iloc[number.to_numpy().argsort(kind="stable")]
+        runs = sort_norms(runs)
         self.lines: list[Line] = []
         first: list[Any] = []  # a run of each line
         for _, own in runs.groupby(["norm", *settings], dropna=False, sort=False):
