@@ -310,7 +310,7 @@ def test_every_candidate_is_timed_and_compared(cli, tmp_path):
 
 @pytest.mark.slow
 def test_a_candidate_that_dies_or_cannot_be_built_is_named():
-    run = compose(*tiny.OVERRIDES)
+    run = compose(*tiny.OVERRIDES, "epochs=1000000")  # or a fast machine would come to its end
     candidate = Candidate("eager", "fp32", 2)
     team = [worker.Processes(candidate, run, threads=1)]
     try:
