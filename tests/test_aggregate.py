@@ -357,6 +357,22 @@ def test_norms_of_a_user_s_own_get_a_style(tmp_path):
     assert len(set(colours.values())) == 2
 
 
+def test_at_one_batch_size_the_only_setting_is_the_axis(tmp_path):
+    path = tmp_path / "ghost"
+    for images, error in ((2, 18.0), (8, 17.0), (64, 16.0)):
+        for seed in (0, 1):
+            settings = (f"norm.images={images}", "batch_size=64")
+            put(path, error + seed, "norm=ghost_bn", *settings, seed=seed, batch_size=64)
+    table = read_study(path).runs
+    [axis] = draw(summarize(table), table).axes
+    assert axis.get_xlabel() == "norm.images"
+    assert axis.get_title() == "cifar10, simplenetv2, batch size 64"
+    line = {line.get_label(): line for line in axis.lines}["GHOST_BN"]
+    assert list(line.get_xdata()) == [2, 8, 64]
+    assert list(line.get_ydata()) == [18.5, 17.5, 16.5]
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["2", "8", "64"]
+
+
 def test_curves_have_a_panel_for_every_batch_size(study):
     table = read_study(study).runs
     figure = draw_curves(read_metrics(table), [], "descending")

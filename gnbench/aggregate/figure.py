@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -43,12 +44,15 @@ def draw_errors(
 ) -> Figure:
     """Draw test error (%) against batch size, a panel for every dataset and model.
 
+    Where there is but one batch size and one numeric setting that differs, against that.
+
     Each line is a norm (and whatever else differs): its mean over seeds, the pooled 95 % interval
     as a band, each seed as a faint point. A model named ``baseline`` that has a single cell is a
     dashed gray line in the panels of its dataset. ``reference`` (of `published`) is overlaid as
     hollow markers, its baseline as a dotted line.
     """
-    settings = settings_of(summary)
+    x = x_axis(summary)
+    settings = [name for name in settings_of(summary) if name != x]
     cells = summary.groupby(["dataset", "model"])["norm"].transform("size")
     models = summary.groupby("dataset")["model"].transform("nunique")
     beside = (summary["model"] == baseline) & (cells == 1) & (models > 1)
@@ -57,16 +61,16 @@ def draw_errors(
     for axis, (key, panel) in zip(axes, panels, strict=True):
         dataset, model = map(str, key)
         for line, label, style in _lines(panel, settings, set(summary["norm"])):
-            line = line.sort_values("batch_size")
-            sizes, mean = line["batch_size"], line["test_error_mean"]
+            line = line.sort_values(x)
+            sizes, mean = line[x], line["test_error_mean"]
             axis.plot(sizes, mean, label=label, zorder=3, **style)
             low, high = line["pooled_low"].fillna(mean), line["pooled_high"].fillna(mean)
             axis.fill_between(sizes, low, high, color=style["color"], alpha=0.18, linewidth=0)
-            seeds = finished.merge(line[[*CELL, *settings]])
+            seeds = finished.merge(line[list(dict.fromkeys([*CELL, *settings, x]))])
             if len(seeds) > len(line):
                 faint: dict[str, Any] = {"color": style["color"], "alpha": 0.35}
-                axis.plot(seeds["batch_size"], seeds["test_error"], ".", **faint)
-        ticks = set(panel["batch_size"])
+                axis.plot(seeds[x], seeds["test_error"], ".", **faint)
+        ticks = set(panel[x])
         if reference is not None:
             ticks |= _overlay(axis, reference, dataset, model, baseline)
         for _, row in summary[beside & (summary["dataset"] == dataset)].iterrows():
@@ -78,6 +82,9 @@ def draw_errors(
                 axis.axhspan(*span, color=BASELINE, alpha=0.1, linewidth=0)
         batch_size_axis(axis, ticks, order)
         axis.set_title(f"{dataset}, {model}")
+        if x != "batch_size":
+            axis.set_title(f"{dataset}, {model}, batch size {panel['batch_size'].iloc[0]}")
+            axis.set_xlabel(x)
         axis.set_ylabel("test error (%)")
         longest = max(len(label) for label in axis.get_legend_handles_labels()[1])
         columns = 2 if longest <= 24 else 1  # or it would be wider than its panel
@@ -116,8 +123,25 @@ def draw_curves(metrics: pd.DataFrame, settings: Sequence[str], order: str) -> F
             axis.grid(alpha=0.25)
         row_of_axes[0].set_ylabel("test error (%)")
     shown = list(handles.values())
-    figure.legend(handles=shown, loc="outside upper center", ncols=min(6, len(shown)))
+    longest = max(len(str(line.get_label())) for line in shown)
+    fitting = int(figure.get_figwidth() / (0.6 + 0.09 * longest))  # inches of a line and its label
+    ncols = max(1, min(6, len(shown), fitting))
+    height = 0.25 * (math.ceil(len(shown) / ncols) - 1)  # of further rows of the legend
+    figure.set_figheight(figure.get_figheight() + height)
+    figure.legend(handles=shown, loc="outside upper center", ncols=ncols)
     return figure
+
+
+def x_axis(summary: pd.DataFrame) -> str:
+    """Return the column that test errors are drawn against: batch_size, or a setting in its place.
+
+    That is the only numeric one that differs, positive throughout, where all batch sizes are one.
+    """
+    settings = settings_of(summary)
+    if summary["batch_size"].nunique() > 1 or len(settings) != 1:
+        return "batch_size"
+    values = pd.to_numeric(summary[settings[0]], errors="coerce")
+    return settings[0] if (values > 0).all() else "batch_size"
 
 
 def sort_norms(table: pd.DataFrame) -> pd.DataFrame:
@@ -125,6 +149,16 @@ def sort_norms(table: pd.DataFrame) -> pd.DataFrame:
     norms = [*STYLES, *sorted(set(table["norm"]) - set(STYLES))]
     sorted_by_size = table.sort_values("batch_size", kind="stable")
     return sorted_by_size.sort_values("norm", key=lambda c: c.map(norms.index), kind="stable")
+
+
+def sort_lines(table: pd.DataFrame, settings: Sequence[str]) -> pd.DataFrame:
+    """Sort rows by norm, within it by ``settings``, then by batch size."""
+    if settings:
+        number = table.groupby(
+            list(settings), dropna=False
+        ).ngroup()  # in the order of their values
+        table = table.iloc[number.to_numpy().argsort(kind="stable")]
+    return sort_norms(table)
 
 
 def line_label(row: Any, settings: Sequence[str]) -> str:
@@ -179,13 +213,21 @@ def _lines(
 ) -> Iterator[tuple[pd.DataFrame, str, dict[str, Any]]]:
     """Yield the rows of every line of a panel, its label and how it is drawn.
 
-    Lines of the same norm share its colour and differ in style. ``norms`` are those of all panels.
+    Lines of the same norm share its colour, or shades of it, and differ in style. ``norms`` are
+    those of all panels.
     """
     own = dict(zip(sorted(norms - set(STYLES)), itertools.cycle(MORE_STYLES), strict=False))
     drawn: Counter[str] = Counter()
-    for key, line in sort_norms(rows).groupby(["norm", *settings], dropna=False, sort=False):
+    sorted_rows = sort_lines(rows, settings)
+    lines = list(sorted_rows.groupby(["norm", *settings], dropna=False, sort=False))
+    of_norm = Counter(str(key[0]) for key, _ in lines)
+    for key, line in lines:
         norm = str(key[0])
         colour, marker = (STYLES | own)[norm]
+        if of_norm[norm] > len(LINES):  # more than there are styles: from dark to light
+            share = 0.75 * drawn[norm] / of_norm[norm]
+            red, green, blue = (part + (1 - part) * share for part in to_rgb(colour))
+            colour = to_hex((red, green, blue))
         style = {"color": colour, "marker": marker, "linestyle": LINES[drawn[norm] % len(LINES)]}
         yield line, line_label(line.iloc[0], settings), style
         drawn[norm] += 1

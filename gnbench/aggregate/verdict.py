@@ -17,7 +17,7 @@ from gnbench.aggregate.compare import (
     compare,
     pool,
 )
-from gnbench.aggregate.figure import line_label, sort_norms
+from gnbench.aggregate.figure import line_label, sort_lines
 from gnbench.runs.directory import FINISHED
 
 NUMBERS = ["batch_size", "n_seeds", "n_seeds_against", "difference", "ci_low", "ci_high"]
@@ -41,10 +41,7 @@ class Panel:
         self.against = against
         self.registered = registered
         runs = runs[runs["status"].isin(FINISHED)].drop_duplicates("run_id")
-        if settings:
-            number = runs.groupby(list(settings), dropna=False).ngroup()  # sorts by the settings
-            runs = runs.iloc[number.to_numpy().argsort(kind="stable")]
-        runs = sort_norms(runs)
+        runs = sort_lines(runs, settings)
         self.lines: list[Line] = []
         first: list[Any] = []  # a run of each line
         for _, own in runs.groupby(["norm", *settings], dropna=False, sort=False):
