@@ -12,9 +12,13 @@ from gnbench import evaluate as command
 from gnbench.check import compose
 from gnbench.config import RunConfig
 from gnbench.errors import ConfigError
-from gnbench.evaluate import (
+from gnbench.evaluate import EvaluateConfig
+from gnbench.norms import batch_group_norm
+from gnbench.runs.directory import RunDirectory
+from gnbench.runs.runner import run
+from gnbench.train import batch_statistics
+from gnbench.train.batch_statistics import (
     EvalNorm,
-    EvaluateConfig,
     Moments,
     OfBatches,
     batch_norms,
@@ -23,9 +27,6 @@ from gnbench.evaluate import (
     training_moments,
     with_moments,
 )
-from gnbench.norms import batch_group_norm
-from gnbench.runs.directory import RunDirectory
-from gnbench.runs.runner import run
 from gnbench.train.batches import draw_epoch
 from tests import tiny
 from tests.trainings import Network, data
@@ -210,7 +211,7 @@ def test_a_study_is_evaluated_once(study, tmp_path, capsys, monkeypatch):
     assert {path: path.read_bytes() for path in before} == before
 
     whole = path.read_bytes()
-    monkeypatch.setattr(command, "evaluated", None)  # nothing is done again
+    monkeypatch.setattr(batch_statistics, "evaluated", None)  # nothing is done again
     command.evaluate(settings(outputs))
     assert path.read_bytes() == whole
     assert capsys.readouterr().out.count("ema") == 1  # the heading
@@ -221,14 +222,14 @@ def test_what_was_interrupted_or_trained_again_is_completed(study, tmp_path, mon
     shutil.copytree(outputs, tmp_path / "outputs")
     outputs = tmp_path / "outputs"
     path = outputs / "default" / "evaluations.csv"
-    whole = command.evaluated
+    whole = batch_statistics.evaluated
 
     def interrupted(*arguments):
         yield next(whole(*arguments))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(command, "evaluated", interrupted)
+        patch.setattr(batch_statistics, "evaluated", interrupted)
         with pytest.raises(KeyboardInterrupt):
             command.evaluate(settings(outputs))
     assert len(path.read_text().splitlines()) == 2  # the header, and what was finished

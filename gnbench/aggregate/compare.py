@@ -19,7 +19,7 @@ import pandas as pd
 from scipy.special import stdtr, stdtrit
 
 from gnbench.errors import DamagedError
-from gnbench.runs.directory import FINISHED, read_correct
+from gnbench.runs.directory import read_correct
 
 Numbers = npt.NDArray[np.float64]
 
@@ -54,11 +54,10 @@ class Cell:
         """Whether it can be compared: errors of chance, none or all have no such variance."""
         return not self.diverged and 0 < self.mean < 100
 
-    def final(self) -> Cell | None:
-        """Return the cell by the errors of the last epoch, if it is known what was right then."""
-        if self.correct is None:
-            return None
-        return Cell(100 * (1 - self.correct.mean(axis=1)), self.diverged, self.correct)
+
+def of_last_epoch(correct: npt.NDArray[np.bool_], diverged: bool = False) -> Cell:
+    """Return the cell by the errors of the last epoch; ``correct`` is seeds × test images."""
+    return Cell(100 * (1 - correct.mean(axis=1)), diverged)
 
 
 @dataclass(frozen=True)
@@ -174,8 +173,10 @@ def compare(lines: Sequence[Line], pooled: Pool | None, registered: Sequence[int
     The p-values are corrected by Holm's method (1979) over all comparisons of the lines; those at
     batch sizes that were ``registered`` beforehand as endpoints are a family of their own.
     """
-    final = [cell.final() for line in lines for cell in line.cells.values()]
-    final_pool = pool([cell for cell in final if cell is not None])
+    cells = [cell for line in lines for cell in line.cells.values()]
+    final_pool = pool(
+        [of_last_epoch(c.correct, c.diverged) for c in cells if c.correct is not None]
+    )
     for line in lines:
         _fit_slope(line, pooled)
         if line.reference is None:
@@ -204,12 +205,10 @@ def _compared(
         half = pooled.quantile() * found.error
         found.ci_low, found.ci_high = found.difference - half, found.difference + half
         found.p = 2 * float(stdtr(pooled.freedom, -abs(found.difference) / found.error))
-    final, other_final = cell.final(), other.final()
-    if final is None or other_final is None or final.correct is None or other_final.correct is None:
+    one, two = cell.correct, other.correct
+    if one is None or two is None or one.shape[1] != two.shape[1]:
         return found
-    one, two = final.correct, other_final.correct
-    if one.shape[1] != two.shape[1]:
-        return found
+    final, other_final = of_last_epoch(one), of_last_epoch(two)
     found.final_difference = final.mean - other_final.mean
     if final_pool is not None:
         # The variance of the mean over images of how much more often one errs on each.
@@ -340,17 +339,16 @@ def cell_of(runs: pd.DataFrame) -> Cell:
 
     ``correct.npy`` counts only if every run of the cell has one for equally many images.
     """
-    finished = runs[runs["status"].isin(FINISHED)]
     correct = []
-    for _, row in finished.iterrows():
+    for _, row in runs.iterrows():
         try:
             path = Path(row["directory"], "correct.npy")
             correct.append(read_correct(path, int(row["dataset.test_images"])))
         except (OSError, DamagedError, LookupError, TypeError, ValueError):
             break  # of an older version, or damaged
-    whole = len(correct) == len(finished) and len({len(bits) for bits in correct}) == 1
+    whole = len(correct) == len(runs) and len({len(bits) for bits in correct}) == 1
     return Cell(
-        finished["test_error"].to_numpy(float),
-        bool((finished["status"] == "diverged").any()),
+        runs["test_error"].to_numpy(float),
+        bool((runs["status"] == "diverged").any()),
         np.stack(correct) if whole else None,
     )

@@ -37,10 +37,8 @@ class Panel:
         against: str,
         registered: Sequence[int] = (),
     ) -> None:
-        """Compare ``runs`` (of one dataset and model) that ``settings`` tell apart."""
+        """Compare finished ``runs`` of a dataset and model, which ``settings`` tell apart."""
         self.against = against
-        self.registered = registered
-        runs = runs[runs["status"].isin(FINISHED)].drop_duplicates("run_id")
         runs = sort_lines(runs, settings)
         self.lines: list[Line] = []
         first: list[Any] = []  # a run of each line
@@ -54,8 +52,7 @@ class Panel:
             line.reference = self._reference(line, run, first, recipe)
         if not self.alone and not any(line.reference for line in self.lines):
             self.alone = {line.label: "stands for several lines" for line in self.lines}
-        cells_of_all = [cell for line in self.lines for cell in line.cells.values()]
-        self.pooled = pool(cells_of_all)
+        self.pooled = pool([cell for line in self.lines for cell in line.cells.values()])
         compare(self.lines, self.pooled, registered)
 
     def _reference(
@@ -165,7 +162,7 @@ def panels(
     runs: pd.DataFrame, settings: Sequence[str], against: str, registered: Sequence[int] = ()
 ) -> dict[tuple[str, str], Panel]:
     """Compare the finished runs of every dataset and model."""
-    finished = runs[runs["status"].isin(FINISHED)]
+    finished = runs[runs["status"].isin(FINISHED)].drop_duplicates("run_id")
     return {
         (str(dataset), str(model)): Panel(rows, settings, against, registered)
         for (dataset, model), rows in finished.groupby(["dataset", "model"])
