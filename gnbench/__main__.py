@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from gnbench import cli
 from gnbench.config import RunConfig, conf_dir
-from gnbench.sweep import command, launchers, overrides
+from gnbench.sweep import account, command, launchers, overrides
 from gnbench.train import distributed
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     Exit codes: 0 done, 1 failed, 2 bad input, 3 others are still at work, 130 or 143 interrupted.
     """
     code = cli.call(_command)
-    if command.planned and distributed.rank() == 0:
+    if account.planned and distributed.rank() == 0:
         text, verdict = command.account()
         print(text)
         code = code or verdict

@@ -15,7 +15,7 @@ import pytest
 
 from gnbench.check import compose
 from gnbench.runs.runner import run
-from gnbench.sweep import command
+from gnbench.sweep.account import objective
 from tests import tiny
 from tests.conftest import ROOT, environment, measured, started, variant
 
@@ -330,5 +330,5 @@ def test_a_line_is_named_on_the_command_line_as_the_verdict_says(cli, tmp_path):
 
 @pytest.mark.parametrize("result", [{"test_error": 5.0, "val_error": 7.0}, {"test_error": 7.0}])
 def test_a_sweeper_optimizes_on_validation_images_if_there_are_any(result):
-    assert command.objective({"result": result}) == 7.0
-    assert math.isnan(command.objective({"result": None}))
+    assert objective({"result": result}) == 7.0
+    assert math.isnan(objective({"result": None}))

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from gnbench import cli
 from gnbench.config import RunConfig
 from gnbench.errors import FAILED, ConfigError, LockedError, one_line
+from gnbench.sweep.account import failed, objective, planned
 from gnbench.sweep.overrides import explained
 from gnbench.sweep.plan import Cell, write_plan
 from gnbench.sweep.state import exit_code, run_state, table
@@ -33,9 +34,6 @@ Outcome = Mapping[str, Any] | Exception  # the record of a run, or what ended it
 
 MOST_CELLS = 10_000
 
-# Of this process; Hydra calls the functions below and has no place for them.
-planned: list[Cell] = []  # the cells of the sweep that it started
-failed: dict[str, str] = {}  # by run id: what it saw fail, though no record may say so
 passed_over: list[RunConfig] = []  # runs that others held, to come back to
 
 
@@ -117,15 +115,6 @@ def account() -> tuple[str, int]:
             run = replace(run, state="failed", test_error=None, message=failed[cell.run_id])
         states.append(run)
     return table(states), exit_code(states)
-
-
-def objective(record: Mapping[str, Any]) -> float:
-    """Return what a sweeper may optimize: the error in percent, on validation images if there are.
-
-    NaN if the record has no result.
-    """
-    result = record["result"] or {}
-    return float(result.get("val_error", result.get("test_error", math.nan)))
 
 
 def _outcomes(config: RunConfig) -> Iterator[tuple[RunConfig, Outcome]]:

@@ -26,7 +26,7 @@ from gnbench.config import RunConfig, run_id
 from gnbench.errors import ConfigError, DamagedError
 from gnbench.runs.directory import RunDirectory
 from gnbench.runs.lock import LOCK
-from gnbench.sweep import command
+from gnbench.sweep.account import failed, objective, planned
 from gnbench.train import distributed
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def _at_work() -> set[tuple[int, str]]:
 
     A launcher does not tell which worker is at which cell, nor which of its processes are workers.
     """
-    locks = {str(cell.run_dir.resolve() / LOCK) for cell in command.planned}
+    locks = {str(cell.run_dir.resolve() / LOCK) for cell in planned}
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has just ended
@@ -179,7 +179,7 @@ def _surviving(launch: Launch) -> Launch:
             for i in (i for i in group if lost[i] == ATTEMPTS):
                 record = records[i]  # of several replicas that of the one at work
                 killer = run_id(record["config"]) if record else cells[i].run_id
-                command.failed[killer] = f"its worker was killed {ATTEMPTS} times"
+                failed[killer] = f"its worker was killed {ATTEMPTS} times"
                 returns[i] = _return(None)
             log.warning(
                 "gnbench: a worker was killed (out of memory?) and joblib gave up those beside it; "
@@ -272,9 +272,9 @@ def _record_since(began: int, cell: RunConfig) -> dict[str, Any] | None:
     running = [record for record in written if record["status"] == "running"]
     if running or len(written) < cell.replicas:
         return running[0] if running else None
-    return {**written[-1], "result": {"test_error": fmean(map(command.objective, written))}}
+    return {**written[-1], "result": {"test_error": fmean(map(objective, written))}}
 
 
 def _return(record: dict[str, Any] | None) -> JobReturn:
-    value = command.objective(record) if record else math.nan
+    value = objective(record) if record else math.nan
     return JobReturn(status=JobStatus.COMPLETED, _return_value=value)
