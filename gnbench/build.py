@@ -20,7 +20,7 @@ from gnbench import datasets
 from gnbench.config import RunConfig
 from gnbench.datasets import Dataset
 from gnbench.errors import ConfigError, one_line
-from gnbench.norms import BatchGroupNorm
+from gnbench.norms import BatchGroupNorm, BatchRenorm, standardize_weights
 from gnbench.train import distributed
 from gnbench.train.batches import ResidentData
 from gnbench.train.devices import choose_device, flush_denormals
@@ -46,6 +46,7 @@ def build_model(config: RunConfig) -> nn.Module:
     """
     try:
         norm = instantiate(config.norm.arguments(), _convert_="all")
+        _refuse_swallowed(config, norm)
         model = instantiate(
             config.model.arguments(),
             norm=norm,
@@ -57,7 +58,25 @@ def build_model(config: RunConfig) -> nn.Module:
         raise refusal(config, "model", "norm", error=error) from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model={config.model.name} built {model!r}, not a torch.nn.Module")
+    if config.norm.standardize_weights:
+        try:
+            standardize_weights(model)
+        except ValueError as error:
+            raise refusal(config, "model", "norm", error=error) from error
     return model
+
+
+def _refuse_swallowed(config: RunConfig, norm: Any) -> None:
+    """Refuse settings that a layer would take and ignore: those of a ``**_``, as timm writes it."""
+    called = getattr(norm, "func", norm)
+    parameters = inspect.signature(called).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD and p.name.startswith("_") for p in parameters):
+        known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD][1:]
+        for key in sorted({*getattr(norm, "keywords", {})} - {*known}):
+            raise ConfigError(
+                f"norm={config.norm.name}: {config.norm.target} ignores {key!r}: choose from "
+                f"{', '.join(known)}"
+            )
 
 
 def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -198,6 +217,8 @@ def build_training(
         log.warning("engine=graph: no CUDA graphs on %s; going on with engine=eager", where)
     if config.compile and processes.size > 1 and processes.leads:
         log.warning("compile=true: not on several processes; going on without")
+    total_steps = training_length(config)[0]
+    _tell_norms(config, model, total_steps * config.batch.accumulate, processes.leads)
     mean, std = config.dataset.mean, config.dataset.std
     validation = None
     if dataset.validation_images is not None and dataset.validation_labels is not None:
@@ -210,11 +231,33 @@ def build_training(
         validation,
         batch_size=config.sgd_batch,
         drop_last=drops_last(config),
-        total_steps=training_length(config)[0],
+        total_steps=total_steps,
         seed=config.seed,
         augmentation=config.dataset.augmentation,
         evaluate_every=config.evaluate_every,
     )
+
+
+def _tell_norms(config: RunConfig, model: nn.Module, forward_passes: int, leads: bool) -> None:
+    """Tell the norms how long the training is, and the user what they do at evaluation."""
+    chosen, untracked = [], []
+    for name, layer in model.named_modules():
+        if isinstance(layer, BatchRenorm):
+            layer.forward_passes = forward_passes
+        groups = getattr(layer, "num_groups", getattr(layer, "groups", None))
+        if groups is not None and not isinstance(layer, nn.Conv2d):
+            chosen.append(f"{groups} in {name}")
+        if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is None:
+            untracked.append(name)
+    if leads and config.norm.get("num_groups") == "auto":
+        log.info("norm.num_groups=auto: groups: %s", ", ".join(chosen))
+    if leads and untracked:
+        log.warning(
+            "%s has no running statistics: a test image is normalized with the others of its chunk "
+            "(%d in their order), so that its error depends on them",
+            untracked[0],
+            EVALUATION_CHUNK,
+        )
 
 
 def drops_last(config: RunConfig) -> bool:

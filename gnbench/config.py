@@ -34,6 +34,9 @@ IDENTITY = (*GROUPS, "batch_size", "epochs", "precision", "seed")
 # that value they are no part of the identity, so that those runs keep their names.
 LATER: dict[str, dict[str, Any]] = {  # by the component's _target_ or by the group
     "gnbench.models.SimpleNetV2": {"channels": [32, 64, 128], "hidden": 1024},
+    "torch.nn.BatchNorm2d": {"track_running_stats": True},
+    "gnbench.norms.group_norm": {"at_most": 32},
+    "gnbench.norms.ReferenceGroupNorm": {"at_most": 32},
     "batch": {"accumulate": 1, "decay_rule": "none"},
     "dataset": {"validation_size": None},
 }
@@ -147,12 +150,18 @@ class ModelConfig(Component):
 class NormConfig(Component):
     """A normalization layer (``conf/norm``), which may have other settings besides these.
 
-    ``momentum: null`` is a cumulative average.
+    ``momentum: null`` is a cumulative average; ``standardize_weights`` is about the convolutions.
     """
 
     images: Count | None = None
     eps: Positive | None = None
     momentum: Fraction | None = None
+    standardize_weights: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what goes to the component itself."""
+        own = super().arguments()
+        return {key: value for key, value in own.items() if key != "standardize_weights"}
 
 
 class OptimizerConfig(Component):

@@ -6,6 +6,8 @@ import signal
 
 from hydra.errors import HydraException, OverrideParseException
 
+EXTRAS = ("timm",)  # packages that an extra of the same name installs
+
 # Exit codes. A signal ends a command with 128 + its number.
 DONE, FAILED, BAD_INPUT, AT_WORK, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -50,6 +52,10 @@ def one_line(error: BaseException) -> str:
     """Put into one line what an exception says, that of Hydra or OmegaConf with its cause."""
     if isinstance(error, OverrideParseException):
         return _unreadable(error.override)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        if package in EXTRAS:
+            return f"{package} is not installed: pip install 'gnbench[{package}]'"
     texts = [str(error).strip() or type(error).__name__]
     if isinstance(error, HydraException) and error.__cause__ is not None:
         texts.append(str(error.__cause__))

