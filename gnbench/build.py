@@ -319,8 +319,14 @@ def _tried(config: RunConfig, model: nn.Module, device: str) -> bool:
             raise
         except REFUSALS:
             drops = True
-    model.eval()
     tests = config.dataset.test_images
+    if config.as_published and (last := tests % config.batch_size):
+        try:
+            run(last)
+        except REFUSALS as error:
+            line = f"as_published=true: of the last {last} test images in train mode, {error}"
+            raise ValueError(line) from error
+    model.eval()
     for count in {min(tests, EVALUATION_CHUNK), tests % EVALUATION_CHUNK} - {0}:
         run(count)
     return drops

@@ -40,7 +40,8 @@ LATER: dict[str, dict[str, Any]] = {  # by the component's _target_ or by the gr
     "batch": {"accumulate": 1, "decay_rule": "none"},
     "dataset": {"validation_size": None},
 }
-LATER_IN_EXECUTION = {"evaluate_every": 1}  # of the settings that are no part of the identity
+# Of the settings that are no part of the identity.
+LATER_IN_EXECUTION = {"evaluate_every": 1, "as_published": False}
 LARGEST = 2**63 - 1  # of the integers that torch takes
 MOST_REPLICAS = 1000
 
@@ -269,6 +270,7 @@ class RunConfig(Settings):
     compile: bool
     checkpoint_seconds: NotNegative
     evaluate_every: Count
+    as_published: bool
     progress: Literal["auto", "bar", "lines"]
     rerun: bool
     wait: bool
@@ -282,6 +284,11 @@ class RunConfig(Settings):
             )
         if self.seed > LARGEST + 1 - self.replicas:
             raise ValueError(f"seed={self.seed}: must be at most {LARGEST + 1 - self.replicas}")
+        if self.as_published and self.processes > 1:
+            raise ValueError(
+                f"as_published=true: not on several processes ({self.processes}); leave it out, or "
+                "start without torchrun"
+            )
         if (self.norm.images or 1) > self.batch_size:
             raise ValueError(
                 f"norm.images={self.norm.images}: a batch has batch_size={self.batch_size} images; "

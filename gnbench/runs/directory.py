@@ -47,6 +47,7 @@ class RunDirectory:
         self.log_path = self.path / "gnbench.log"
         self.model_path = self.path / "model.pt"
         self.correct_path = self.path / "correct.npy"
+        self.as_published_path = self.path / "as_published.csv"
         self.checkpoint_path = self.path / "checkpoint.pt"
 
     @contextmanager
@@ -129,6 +130,7 @@ class RunDirectory:
             self.checkpoint_path,
             self.record_path,
             self.metrics_path,
+            self.as_published_path,
             self.correct_path,
             self.model_path,
         ):
@@ -168,6 +170,10 @@ class RunDirectory:
         buffer = io.BytesIO()
         np.save(buffer, np.packbits(correct), allow_pickle=False)
         files.replace(self.correct_path, buffer.getbuffer())
+
+    def save_as_published(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replace ``as_published.csv`` atomically, with a row for each epoch so far."""
+        files.replace(self.as_published_path, _csv(rows, header=True).encode() if rows else b"")
 
     def save_model(self, weights: Mapping[str, Any]) -> None:
         """Replace ``model.pt`` atomically, with tensors that any machine can load."""

@@ -20,7 +20,7 @@ from gnbench.runs import signals
 from gnbench.runs.directory import RunDirectory
 from gnbench.runs.lock import Heartbeat
 from gnbench.runs.progress import Progress, duration
-from gnbench.train import devices
+from gnbench.train import as_published, devices
 from gnbench.train.distributed import ProcessGroup
 from gnbench.train.loop import Training
 from gnbench.train.replicas import ReplicaGroup
@@ -61,6 +61,7 @@ class OpenRun:
         self._training: Training | None = None
         self._gentle = 0  # 1: a signal waits for the step, or the file, at hand
         self._rows: list[dict[str, Any]] = []  # of the metrics so far
+        self._as_published: list[as_published.EpochRow] = []  # likewise, if they are measured
         self._seconds_before = 0.0  # spent on the run by earlier processes
         self._began = self._saved = time.monotonic()
         self._saving_seconds = 0.0  # of the last checkpoint
@@ -107,6 +108,8 @@ class OpenRun:
                 if row is not None:
                     self._rows.append(_measured(row, training))
                     self._directory.append(self._rows[-1])
+                    if self._config.as_published:
+                        self._measure_as_published(training, row.epoch)
                     self._warn_of_rounding(said)
                 self._heartbeat.step = training.position.step
                 progress.show(row)
@@ -117,10 +120,14 @@ class OpenRun:
         """Say in the record how the run has ended, and what it reports."""
         if self._training is not None:
             self.record["engine"] = self._training.engine.name
+        result = runs.result(self._directory.rows(), diverged=status == "diverged")
+        if result and len(self._as_published) == result["epochs"]:
+            kept = as_published.best(self._as_published)
+            result |= {"printed_error": kept["printed_error"], "printed_epoch": kept["epoch"]}
         self.record.update(
             status=status,
             error=error,
-            result=runs.result(self._directory.rows(), diverged=status == "diverged"),
+            result=result,
             seconds=round(self._seconds(), 3),
             peak_memory_bytes=devices.peak_memory_bytes(self._shared.device),
         )
@@ -140,6 +147,13 @@ class OpenRun:
             self.record["result"]["test_error"],
             self.record["result"]["test_error_final"],
         )
+        if "printed_error" in self.record["result"]:
+            said.info(
+                "%s: the report's code would have printed %.2f %% (of epoch %d, its best)",
+                self._config.run_id,
+                self.record["result"]["printed_error"],
+                self.record["result"]["printed_epoch"],
+            )
 
     def let_go(self) -> None:
         """Free what the training holds: the next run of a sweep needs the memory."""
@@ -160,10 +174,28 @@ class OpenRun:
             state, training = None, built(self._config, self._shared)
         if state:
             self._rows = list(state["rows"])
+            self._as_published = list(state.get("as_published", []))
             self._seconds_before = state["seconds"]
             said.info("%s resumes after step %d", self._config.run_id, training.position.step)
         self._directory.restore_rows(self._rows)
+        if self._config.as_published:
+            self._directory.save_as_published(self._as_published)
+            if len(self._as_published) < len(self._rows):
+                said.warning(
+                    "%s: as_published=true came after epochs that were not measured: there will be "
+                    "no printed error; when the run is complete, rerun=true measures all",
+                    self._config.run_id,
+                )
         return training
+
+    def _measure_as_published(self, training: Training, epoch: int) -> None:
+        """Measure what the report's code would have printed of an epoch that has just ended."""
+        config, rows, test = self._config, self._as_published, training.test
+        wrong = as_published.measure(
+            training.engine.model, test, config.precision, config.batch_size
+        )
+        rows.append(as_published.epoch_row(rows, epoch, wrong, len(test)))
+        self._directory.save_as_published(rows)
 
     def _warn_of_rounding(self, said: logging.Logger) -> None:
         """Say once if a norm on the CPU has come to where float32 is too coarse."""
@@ -194,6 +226,7 @@ class OpenRun:
                 "versions": runs.versions(),
                 "seconds": self._seconds(),
                 "rows": self._rows,
+                "as_published": self._as_published,
                 **self._training.state_dict(),
             }
         )
