@@ -296,6 +296,11 @@ def _tried(config: RunConfig, model: nn.Module, device: str) -> bool:
         images = torch.zeros(count, *config.dataset.image, device=device)
         _check_logits(config, model(images), count, model.training)
 
+    if config.processes > 1 and any(isinstance(m, BatchRenorm) for m in model.modules()):
+        raise ConfigError(
+            f"norm={config.norm.name} on {config.processes} processes: it trains by running "
+            "statistics, of which each would have its own; use one process, or norm=syncbn"
+        )
     statistics = _watch_statistics(model)
     model.train()
     run(config.batch_size)

@@ -34,7 +34,7 @@ IDENTITY = (*GROUPS, "batch_size", "epochs", "precision", "seed")
 # that value they are no part of the identity, so that those runs keep their names.
 LATER: dict[str, dict[str, Any]] = {  # by the component's _target_ or by the group
     "gnbench.models.SimpleNetV2": {"channels": [32, 64, 128], "hidden": 1024},
-    "torch.nn.BatchNorm2d": {"track_running_stats": True},
+    "norm": {"standardize_weights": False},
     "gnbench.norms.group_norm": {"at_most": 32},
     "gnbench.norms.ReferenceGroupNorm": {"at_most": 32},
     "batch": {"accumulate": 1, "decay_rule": "none"},

@@ -17,7 +17,7 @@ from tests import process_groups, tiny
 from tests.conftest import measured, started, variant
 from tests.process_groups import together
 
-JOINT_NORMS = ("syncbn", "gn", "ln", "in", "lrn", "none")
+JOINT_NORMS = ("syncbn", "gn", "gn_ws", "ln", "in", "lrn", "none")
 RUN = (*tiny.OVERRIDES, "batch_size=4", "dataset.augmentation=none", "checkpoint_seconds=0")
 
 

@@ -12,6 +12,7 @@ from gnbench.build import build_model, build_training
 from gnbench.check import compose
 from gnbench.datasets import load
 from gnbench.norms import BatchRenorm, group_norm, standardize_weights
+from gnbench.norms.weights import StandardizedWeight
 
 TIMM = ("evonorm_s0", "evonorm_b0", "frn")  # compute their statistics in float32 at any precision
 OWN = ("brn", "ln_channel", "rms", "dyt")
@@ -41,6 +42,7 @@ def layer(norm, channels=12, *overrides):
             f"dataset.image=[{channels},8,8]",
             f"dataset.mean={[0.5] * channels}",
             f"dataset.std={[0.5] * channels}",
+            *(["norm.num_groups=4"] if norm == "evonorm_s0" else []),
             *overrides,
         )
     )
@@ -172,6 +174,58 @@ def test_channel_layer_norm_is_not_that_over_the_image(x):
     torch.testing.assert_close(over_channels(alone), over_image(alone), rtol=1e-4, atol=1e-4)
 
 
+def test_batch_renorm_at_all_its_limits_and_within_the_ramp(x):
+    """Half-way up the ramp r is within [1/2, 2] and d within ± 2.5; neither has a gradient."""
+    norms = renorm(begin=0.2, r_end=0.6, d_end=0.6)
+    norms.forward_passes = 100
+    norms.num_batches_tracked.fill_(40)
+    mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    norms.running_var.copy_(
+        variance * torch.tensor([25, 9, 1.44, 1, 0.64, 0.04]).double().repeat(2)
+    )
+    offset = torch.tensor([9.0, 4, 1, 0, -1, -9] * 2).double() * norms.running_var.sqrt()
+    norms.running_mean.copy_(mean - offset)
+    spread = (norms.running_var + norms.eps).sqrt()
+    unclipped = ((variance + norms.eps).sqrt() / spread, offset / spread)
+    r = unclipped[0].clamp(0.5, 2)
+    d = unclipped[1].clamp(-2.5, 2.5)
+    for free, held in zip(unclipped, (r, d), strict=True):
+        assert {*torch.sign(free - held).tolist()} == {-1, 0, 1}
+    upstream = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
+    ours = x.clone().requires_grad_()
+    output = norms(ours)
+    output.backward(upstream)
+    formula = x.clone().requires_grad_()
+    centered = formula - formula.mean((0, 2, 3), keepdim=True)
+    deviation = (centered.square().mean((0, 2, 3), keepdim=True) + norms.eps).sqrt()
+    expected = centered / deviation * per_channel(r) + per_channel(d)
+    expected = expected * per_channel(norms.weight) + per_channel(norms.bias)
+    expected.backward(upstream)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.grad, formula.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_batch_renorm_is_refused_on_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ConfigError, match="norm=brn on 2 processes: it trains by running statistics"
+    ):
+        compose(*FASHION, "norm=brn")
+
+
+def test_evonorm_b0_at_evaluation_takes_the_running_variance(x):
+    norms = layer("evonorm_b0")
+    norms(x)
+    expected = 0.9 + 0.1 * x.var((0, 2, 3))
+    torch.testing.assert_close(norms.running_var, expected, rtol=1e-6, atol=0)
+    spread = (x.var((2, 3), correction=0, keepdim=True) + norms.eps).sqrt()
+    whole = torch.maximum(
+        per_channel(expected + norms.eps).sqrt().expand_as(x), per_channel(norms.v) * x + spread
+    )
+    expected = x / whole * per_channel(norms.weight) + per_channel(norms.bias)
+    torch.testing.assert_close(norms.eval()(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def renorm(**settings):
     norms = BatchRenorm(12, momentum=0.1, **settings).double()
     with torch.no_grad():
@@ -191,7 +245,7 @@ def test_batch_renorm_whose_limits_are_1_and_0_is_batch_norm(x):
 
 
 def test_batch_renorm_within_its_limits_normalizes_by_the_running_statistics(x):
-    """x̂ = (x − μ)/σ of algorithm 1, once r and d are not clipped; r and d have no gradient."""
+    """x̂ = (x − μ)/σ of algorithm 1, once r and d are not clipped."""
     norms = renorm(r_max=1000.0, d_max=1000.0)
     norms.running_mean.fill_(2.5)
     norms.running_var.fill_(9.0)
@@ -248,13 +302,14 @@ def test_batch_renorm_refuses_a_single_value_per_channel():
 
 def test_standardized_weights_are_those_of_timms_convolution(x):
     timm = pytest.importorskip("timm")
-    theirs = timm.layers.StdConv2d(12, 8, 3, padding=1, eps=1e-5).double()
+    theirs = timm.layers.StdConv2d(12, 8, 3, padding=1, eps=1e-6).double()
     ours = nn.Sequential(nn.Conv2d(12, 8, 3, padding=1, bias=False)).double()
     ours[0].load_state_dict(theirs.state_dict())
     standardize_weights(ours)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-10, atol=1e-10)
-    filters = ours[0].weight.flatten(1)
-    torch.testing.assert_close(filters.mean(1), torch.zeros(8).double(), rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda weight: StandardizedWeight()(weight), theirs.weight[:2, :3].detach().requires_grad_()
+    )
 
 
 def test_every_convolution_is_standardized_with_any_norm():
@@ -323,11 +378,15 @@ def test_a_short_training_learns(norm):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["norm=evonorm_b0", "+norm.momentun=0.2"], "EvoNorm2dB0 ignores 'momentun': choose from"),
-        (["norm=frn", "+norm.groups=4"], "FilterResponseNormTlu2d ignores 'groups'"),
+        (
+            ["norm=evonorm_b0", "norm._target_=timm.layers.EvoNorm2dB0", "+norm.momentun=0.2"],
+            "EvoNorm2dB0 ignores 'momentun': choose from",
+        ),
+        (["norm=frn", "+norm.rms=false"], "unexpected keyword argument 'rms'"),
+        (["norm=evonorm_b0", "norm.momentum=null"], "momentum"),
         (["norm=dyt", "+norm.beta=4"], "unexpected keyword argument 'beta'"),
         (["norm=evonorm_s0", "norm.num_groups=5"], "num_groups=5 does not divide 32 channels"),
-        (["norm=gn", "norm.num_groups=auto", "norm.at_most=0"], "at_most=0: must be at least 1"),
+        (["norm=gn_auto", "norm.at_most=0"], "at_most=0: must be at least 1"),
         (["norm=gn", "norm.num_groups=many"], "num_groups=many does not divide 32 channels"),
     ],
 )
@@ -348,14 +407,14 @@ def test_auto_takes_the_largest_divisor(channels, at_most, groups):
 
 def test_chosen_groups_are_said_by_layer(caplog):
     caplog.set_level("INFO")
-    config = compose(*FASHION, "norm=gn", "norm.num_groups=auto", "norm.at_most=8", "device=cpu")
+    config = compose(*FASHION, "norm=gn_auto", "norm.at_most=8", "device=cpu")
     build_training(config, load(config.dataset))
     [line] = [r.getMessage() for r in caplog.records if "auto" in r.getMessage()]
     assert line.startswith("norm.num_groups=auto: groups: 8 in features.0.1, 8 in features.0.4, ")
 
 
 def test_batch_norm_without_running_statistics_says_what_it_does_at_evaluation(caplog):
-    config = compose(*FASHION, "norm=bn", "norm.track_running_stats=false", "device=cpu")
+    config = compose(*FASHION, "norm=bn", "+norm.track_running_stats=false", "device=cpu")
     training = build_training(config, load(config.dataset))
     [line] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert "features.0.1 has no running statistics" in line
@@ -375,13 +434,25 @@ def test_a_cumulative_average_of_batch_norm_is_the_mean_over_its_batches():
 
 
 def test_settings_that_came_later_do_not_rename_runs():
-    plain = compose("norm=bn")
-    assert "track_running_stats" not in plain.identity["norm"]
-    assert compose("norm=bn", "norm.track_running_stats=false").run_id != plain.run_id
-    assert "at_most" not in compose("norm=gn").identity["norm"]
-    assert "standardize_weights" not in compose("norm=gn").identity["norm"]
-    with_weights = compose("norm=gn", "+norm.standardize_weights=true")
-    assert with_weights.run_id != compose("norm=gn").run_id
+    plain = compose("norm=gn").run_id
+    assert compose("norm=gn", "+norm.standardize_weights=false").run_id == plain
+    assert compose("norm=gn", "+norm.standardize_weights=true").run_id != plain
+    auto = compose("norm=gn", "norm.num_groups=auto").run_id
+    assert compose("norm=gn_auto").run_id == auto
+    assert compose("norm=gn_auto", "norm.at_most=16").run_id != auto
+
+
+def test_a_swapped_target_gets_the_settings_that_it_got_before():
+    for norm, keys in {
+        "gn": ["_partial_", "_target_", "affine", "channels_per_group", "eps", "num_groups"],
+        "bn": ["_partial_", "_target_", "affine", "eps", "momentum"],
+    }.items():
+        swapped = compose(f"norm={norm}", "norm._target_=tests.test_rivals.swapped")
+        assert sorted(swapped.norm.arguments()) == keys
+
+
+def swapped(channels, **settings):
+    return nn.Identity()
 
 
 def test_a_missing_extra_says_what_to_install(monkeypatch):

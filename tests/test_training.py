@@ -94,7 +94,7 @@ def test_a_last_partial_batch_can_be_left_out():
     assert (row.train_error * 40 / 100).is_integer()
 
 
-@pytest.mark.parametrize("norm", ["bn", "gn"])
+@pytest.mark.parametrize("norm", ["bn", "gn", "brn", "gn_ws"])
 @pytest.mark.parametrize("stop_after", [1, 5, 6, 7, 17])
 def test_a_resumed_run_equals_an_uninterrupted_one(norm, stop_after, tmp_path):
     """Stop after any step, through a file, into fresh objects: the same bits."""

@@ -10,6 +10,8 @@ from hydra.utils import instantiate
 from torch import nn
 
 from gnbench.check import compose
+from gnbench.models import activated
+from gnbench.norms import BatchRenorm, standardize_weights
 from gnbench.train.batches import ResidentData
 from gnbench.train.engine import EagerEngine
 from gnbench.train.graph_engine import GraphEngine
@@ -35,12 +37,18 @@ class Network(nn.Sequential):
     """Two convolutions with their norms, and a linear layer."""
 
     def __init__(self, norm="bn", dropout=0.0):
-        norm = layer(norm) if isinstance(norm, str) else norm
+        name = norm if isinstance(norm, str) else ""
+        norm = layer(norm) if name else norm
         super().__init__(
-            *(nn.Conv2d(1, 16, 3, padding=1), norm(16), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(16, 16, 3, padding=1), norm(16), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(1, 16, 3, padding=1), *activated(norm(16)), nn.MaxPool2d(2)),
+            *(nn.Conv2d(16, 16, 3, padding=1), *activated(norm(16)), nn.MaxPool2d(2)),
             *(nn.Flatten(), nn.Dropout(dropout), nn.Linear(64, 4)),
         )
+        if name.endswith("_ws"):
+            standardize_weights(self)
+        for module in self.modules():
+            if isinstance(module, BatchRenorm):
+                module.forward_passes = 20  # so that its limits move in the few steps there are
 
 
 def small(norm, image, classes, dropout, **settings):

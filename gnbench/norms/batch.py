@@ -92,7 +92,8 @@ class BatchRenorm(nn.BatchNorm2d):
     None: the limits are the last ones from the start.
 
     The running deviation is the root of a moving average of variances, as in BN, where the paper
-    averages deviations.
+    averages deviations. As the running statistics enter the training, several processes, each with
+    its own, would not train one network: gnbench refuses them.
 
     Raises:
         ValueError: if a limit is out of its range or the fractions are out of order.
@@ -154,9 +155,7 @@ class BatchRenorm(nn.BatchNorm2d):
             _track(self, mean, variance * count / (count - 1))
         if self.affine:
             r, d = r * self.weight, d * self.weight + self.bias
-        normalized = F.batch_norm(input, None, None, training=True, eps=self.eps)
-        output = normalized * r[:, None, None] + d[:, None, None]
-        return output.to(input.dtype)
+        return F.batch_norm(input, None, None, r, d, training=True, eps=self.eps)
 
 
 class _SumOverProcesses(torch.autograd.Function):

@@ -102,24 +102,6 @@ class ReferenceGroupNorm(nn.Module):
         return x * self.weight.view(1, c, 1, 1) + self.bias.view(1, c, 1, 1)
 
 
-def evonorm_s0(
-    channels: int,
-    num_groups: int | Literal["auto"] | None = None,
-    channels_per_group: int | None = None,
-    eps: float = 1e-5,
-    at_most: int = 32,
-) -> nn.Module:
-    """EvoNorm-S0 (Liu et al. 2020, table 2): x·σ(vx) / deviation of its group · γ + β, by timm.
-
-    It brings its activation. Groups are chosen as in `group_norm`, with the same errors.
-    """
-    from timm.layers.evo_norm import EvoNorm2dS0
-
-    groups = choose_groups(channels, num_groups, channels_per_group, at_most)
-    layer: nn.Module = EvoNorm2dS0(channels, groups=groups, eps=eps)
-    return layer
-
-
 def choose_groups(
     channels: int,
     num_groups: int | Literal["auto"] | None,

@@ -52,10 +52,9 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 class ChannelRMSNorm(nn.Module):
-    """RMS normalization (Zhang & Sennrich 2019, section 3) of each pixel over its channels.
+    """RMS normalization (Zhang & Sennrich 2019, section 4) of each pixel over its channels.
 
-    Each pixel is divided by √(mean square + ``eps``): its mean stays. γ, but no β. Not torch's,
-    which warns in bf16.
+    Each pixel is divided by √(mean square + ``eps``): its mean stays. γ, but no β.
     """
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
@@ -65,9 +64,8 @@ class ChannelRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize each pixel of each image of ``x`` (N,C,H,W)."""
-        square = x.to(torch.promote_types(x.dtype, torch.float32)).square()
-        scale = torch.rsqrt(square.mean(1, keepdim=True) + self.eps)
-        return (x * scale * self.weight[:, None, None]).to(x.dtype)
+        weight = self.weight.to(x.dtype)
+        return F.rms_norm(x.movedim(1, -1), weight.shape, weight, self.eps).movedim(-1, 1)
 
 
 class DynamicTanh(nn.Module):
@@ -78,7 +76,7 @@ class DynamicTanh(nn.Module):
 
     def __init__(self, channels: int, alpha: float = 0.5) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.tensor(alpha))
+        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 

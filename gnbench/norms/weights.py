@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 class StandardizedWeight(nn.Module):
     """Weight standardization (Qiao et al. 2019, section 3): each filter to mean 0, deviation 1."""
 
-    EPS = 1e-5
+    EPS = 1e-6  # of the variance, as in timm
 
     def forward(self, weight: Tensor) -> Tensor:
         """Standardize each filter of ``weight`` (C_out, …)."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnbench.config import RunConfig
-from gnbench.norms import BatchGroupNorm, SyncBatchNorm
+from gnbench.norms import BatchGroupNorm, BatchRenorm, SyncBatchNorm
 from gnbench.train.batches import ResidentData, draw_epoch
 from gnbench.train.engine import EVALUATION_CHUNK, autocast, find_correct
 
@@ -97,11 +97,16 @@ class EvalNorm(nn.Module):
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
-    """Return the layers of ``model`` that have running statistics of batches, by their names."""
+    """Return the batch norms of ``model`` that have running statistics, by their names.
+
+    Batch Renorm is none of them: it does not train by the statistics of a batch alone.
+    """
     return {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None
+        if isinstance(layer, nn.BatchNorm2d)
+        and layer.running_mean is not None
+        and not isinstance(layer, BatchRenorm)
     }
 
 
