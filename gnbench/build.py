@@ -44,6 +44,13 @@ def build_model(config: RunConfig) -> nn.Module:
     Raises:
         ConfigError: if the model and the norm do not fit each other or the images.
     """
+    fixed = "FrozenBatchNorm" in config.norm.target
+    if fixed and (not config.model.get("pretrained") or config.model.get("small_images")):
+        raise ConfigError(
+            f"model={config.model.name}, norm={config.norm.name}: its statistics must come with "
+            "pretrained weights, as with model=torchvision or timm, model.pretrained=true and "
+            "model.small_images=false; or choose norm=bn"
+        )
     try:
         norm = instantiate(config.norm.arguments(), _convert_="all")
         _refuse_swallowed(config, norm)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -314,6 +315,55 @@ def test_the_installed_wheel_runs_from_anywhere(wheel, tmp_path):
     [record] = [json.loads(p.read_text()) for p in tmp_path.rglob("*seed1*/run.json")]
     assert re.fullmatch(r"\d+\.\d+\.\d+", record["versions"]["gnbench"])  # no commit in a wheel
     assert sorted(p.name for p in tmp_path.iterdir()) == ["outputs"]
+
+
+OWN = """
+import torch
+from gnbench.datasets import Dataset
+from torch import nn
+
+class MyNorm(nn.GroupNorm):
+    def __init__(self, channels, eps):
+        super().__init__(1, channels, eps)
+
+class MyNet(nn.Sequential):
+    def __init__(self, norm, image, classes, width):
+        super().__init__(
+            nn.Conv2d(image[0], width, 3), norm(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(width, classes),
+        )
+
+def mydata(root):
+    images = [torch.zeros(n, 28, 28, 1, dtype=torch.uint8) for n in (2000, 1000)]
+    return Dataset(images[0], torch.arange(2000) % 10, images[1], torch.arange(1000) % 10)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_one_s_own_joins_the_installed_wheel(wheel, tmp_path):
+    """The files of docs/extending.md as they stand there, and the network of a library."""
+    page = (ROOT / "docs" / "extending.md").read_text()
+    files = re.findall(r"(?m)^    # (myconf/\S+\.yaml)\n((?:    .*\n)+)", page)
+    assert [name for name, _ in files] == [
+        f"myconf/{name}.yaml" for name in ("norm/mynorm", "model/mynet", "dataset/mydata")
+    ]
+    for name, text in files:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    (tmp_path / "mylib.py").write_text(OWN)
+    small = ("dataset.train_size=40", "batch_size=20", "epochs=1", "progress=lines")
+    for choice in (
+        ("norm=mynorm", "model=mynet", "dataset=mydata"),
+        ("norm=mynorm", "model=torchvision", "dataset=fashion_mini"),
+    ):
+        command = ["-m", "gnbench", "--config-dir", "myconf", *choice, *small]
+        env = {**os.environ, "PYTHONPATH": str(wheel)}
+        subprocess.run([sys.executable, *command], cwd=tmp_path, env=env, check=True)
+    runs = sorted(path.parent.name.rpartition("-")[0] for path in tmp_path.rglob("model.pt"))
+    assert runs == [
+        "fashion_mini-tv_resnet18-mynorm-bs20-seed0",
+        "mydata-mynet-mynorm-bs20-seed0",
+    ]
 
 
 def test_a_line_is_named_on_the_command_line_as_the_verdict_says(cli, tmp_path):

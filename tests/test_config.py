@@ -72,11 +72,17 @@ def test_compose_leaves_the_hydra_application_around_it_alone():
 def test_every_yaml_composes_into_a_run_that_can_be_trained(file):
     choice = f"{file.parts[0]}={file.stem}"
     params = chosen(choice).hydra.sweeper.params if "experiment" in choice else None
+    if choice == "norm=frozen_bn":  # it needs pretrained weights
+        with pytest.raises(ConfigError, match="statistics must come with pretrained weights"):
+            checked(choice)
+        return
     for norm in (params or {}).get("norm", "").split(","):  # a preset may sweep over it
         config = checked(choice, *([f"norm={norm}"] if norm else []))
     variant = "defaults:" in (conf_dir() / file).read_text()  # of an option, whose name it has
     if "experiment" in choice:
         assert config.study != "default"
+    elif choice in ("model=torchvision", "model=timm"):  # the name is that of the network
+        assert config.model.name.endswith(f"_{config.model.arch}")
     elif not variant:
         assert getattr(config, file.parts[0]).name == file.stem
 

@@ -5,11 +5,10 @@ from torch import nn
 from gnbench import ConfigError
 from gnbench.build import build_model
 from gnbench.check import compose
-from tests.conftest import ROOT
+from tests.trainings import NORMS
 
 DEEP = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet34", "resnet50")]
 MODELS = ("simplenet", "simplenetv2", "resnet18", *DEEP)
-NORMS = sorted(path.stem for path in (ROOT / "conf" / "norm").glob("*.yaml"))
 TIMM = ("evonorm_s0", "evonorm_b0", "frn")
 
 

@@ -19,6 +19,7 @@ from gnbench.train.loop import Training, steps_per_epoch
 
 CPU = torch.device("cpu")
 NORMS = sorted(path.stem for path in Path(__file__).parents[1].glob("conf/norm/*.yaml"))
+NORMS.remove("frozen_bn")  # which is for pretrained networks
 TIMES = {"images_per_second": 0.0, "seconds": 0.0}
 MEAN, STD = (0.286,), (0.353,)
 
