@@ -213,6 +213,8 @@ def build_training(
         total_steps=training_length(config)[0],
         seed=config.seed,
         augmentation=config.dataset.augmentation,
+        order=config.dataset.order,
+        block=config.dataset.block,
         evaluate_every=config.evaluate_every,
     )
 

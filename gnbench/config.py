@@ -35,7 +35,7 @@ IDENTITY = (*GROUPS, "batch_size", "epochs", "precision", "seed")
 LATER: dict[str, dict[str, Any]] = {  # by the component's _target_ or by the group
     "gnbench.models.SimpleNetV2": {"channels": [32, 64, 128], "hidden": 1024},
     "batch": {"accumulate": 1, "decay_rule": "none"},
-    "dataset": {"validation_size": None},
+    "dataset": {"validation_size": None, "order": "shuffled", "block": None},
 }
 LATER_IN_EXECUTION = {"evaluate_every": 1}  # of the settings that are no part of the identity
 LARGEST = 2**63 - 1  # of the integers that torch takes
@@ -193,6 +193,8 @@ class DatasetConfig(Settings):
     mean: list[FiniteFloat]
     std: list[Positive]
     augmentation: Literal["none", "flip", "pad_crop_flip"]
+    order: Literal["shuffled", "sorted_by_class", "class_blocks"]
+    block: Count | None
 
     @property
     def images(self) -> int:
@@ -222,6 +224,13 @@ class DatasetConfig(Settings):
             raise ValueError(
                 f"dataset.train_size={self.train_size}: must be from {self.classes} to {self._left}"
             )
+        if (self.block is not None) != (self.order == "class_blocks"):
+            raise ValueError(
+                f"dataset.order={self.order} dataset.block={self.block}: class_blocks needs a "
+                "block, and no other order takes one"
+            )
+        if self.block is not None and self.block > self.images:
+            raise ValueError(f"dataset.block={self.block}: must be at most {self.images}")
         return self
 
 
