@@ -27,7 +27,7 @@ from pydantic import (
 from gnbench.errors import ConfigError, one_line
 
 GROUPS = ("model", "norm", "dataset", "optimizer", "schedule", "batch")
-COMPONENTS = ("model", "norm", "dataset", "optimizer", "schedule")
+COMPONENTS = ("model", "norm", "dataset", "optimizer", "schedule", "tracker")
 # The settings that make a run the run it is. Everything else says how it is executed.
 IDENTITY = (*GROUPS, "batch_size", "epochs", "precision", "seed")
 # Settings that came after runs had been trained, with the value that means what was done before: at
@@ -37,7 +37,10 @@ LATER: dict[str, dict[str, Any]] = {  # by the component's _target_ or by the gr
     "batch": {"accumulate": 1, "decay_rule": "none"},
     "dataset": {"validation_size": None, "order": "shuffled", "block": None},
 }
-LATER_IN_EXECUTION = {"evaluate_every": 1}  # of the settings that are no part of the identity
+LATER_IN_EXECUTION = {  # of the settings that are no part of the identity
+    "evaluate_every": 1,
+    "tracker": {"name": "none", "_target_": "gnbench.trackers.Tracker"},
+}
 LARGEST = 2**63 - 1  # of the integers that torch takes
 MOST_REPLICAS = 1000
 
@@ -245,6 +248,14 @@ class BatchConfig(Settings):
     reference_size: Count
 
 
+class TrackerConfig(Component):
+    """Who is told of a run as it goes (``conf/tracker``)."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what goes to the component itself, beside the run."""
+        return {key: value for key, value in super().arguments().items() if key != "_target_"}
+
+
 class RunConfig(Settings):
     """A run: what it is, and how it is executed. The values stand in ``conf/``."""
 
@@ -262,6 +273,7 @@ class RunConfig(Settings):
     processes: Count
 
     replicas: Annotated[int, Field(ge=1, le=MOST_REPLICAS)]
+    tracker: TrackerConfig
     study: Study
     outputs: Folder
     device: Device
