@@ -241,6 +241,8 @@ def build_training(
         total_steps=total_steps,
         seed=config.seed,
         augmentation=config.dataset.augmentation,
+        order=config.dataset.order,
+        block=config.dataset.block,
         evaluate_every=config.evaluate_every,
     )
 

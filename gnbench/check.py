@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import math
 import os
@@ -86,6 +87,7 @@ def check(config: RunConfig) -> None:
     """
     for group in COMPONENTS:
         _check_types(config, group)
+    _check_tracker(config)
     drops_last(config)  # tries the network
     with torch.random.fork_rng(devices=[]):
         build_optimizer(config, nn.Linear(1, 1))
@@ -108,12 +110,32 @@ def check_machine(config: RunConfig, remote: bool = False) -> None:
         )
     if remote:
         return
+    needed = getattr(pkgutil.resolve_name(config.tracker.target), "needs", None)
+    if needed and not importlib.util.find_spec(needed):
+        raise ConfigError(
+            f"tracker={config.tracker.name}: {needed} is not installed: "
+            f"pip install 'gnbench[{needed}]'"
+        )
     device = choose_device(config.device)
     if config.precision == "bf16" and not has_native_bf16(device):
         raise ConfigError(
             f"precision=bf16: the {device.type} of this machine computes bf16 in emulation, many "
             "times more slowly than fp32; choose precision=fp32"
         )
+
+
+def _check_tracker(config: RunConfig) -> None:
+    """Refuse what cannot be called as a tracker: it would be built when the training begins."""
+    target = pkgutil.resolve_name(config.tracker.target)
+    name = f"tracker={config.tracker.name}"
+    try:
+        inspect.signature(target).bind(None, **config.tracker.arguments())
+    except TypeError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    if isinstance(target, type):
+        lacking = [method for method in ("log", "close") if not hasattr(target, method)]
+        if lacking:
+            raise ConfigError(f"{name}: {config.tracker.target} has no {', '.join(lacking)}()")
 
 
 def _check_rates(config: RunConfig) -> None:
@@ -164,7 +186,9 @@ def _check_types(config: RunConfig, group: str) -> None:
 def _is_plain(hint: Any) -> bool:
     """Tell a type of plain values, or a union of them, from any other."""
     alternatives = typing.get_args(hint) if _is_union(hint) else (hint,)
-    return all(a in (*PLAIN, type(None)) for a in alternatives)
+    return all(
+        a in (*PLAIN, type(None)) or typing.get_origin(a) is typing.Literal for a in alternatives
+    )
 
 
 def _is_union(hint: Any) -> bool:

@@ -27,7 +27,7 @@ from pydantic import (
 from gnbench.errors import ConfigError, one_line
 
 GROUPS = ("model", "norm", "dataset", "optimizer", "schedule", "batch")
-COMPONENTS = ("model", "norm", "dataset", "optimizer", "schedule")
+COMPONENTS = ("model", "norm", "dataset", "optimizer", "schedule", "tracker")
 # The settings that make a run the run it is. Everything else says how it is executed.
 IDENTITY = (*GROUPS, "batch_size", "epochs", "precision", "seed")
 # Settings that came after runs had been trained, with the value that means what was done before: at
@@ -38,10 +38,13 @@ LATER: dict[str, dict[str, Any]] = {  # by the component's _target_ or by the gr
     "gnbench.norms.group_norm": {"at_most": 32},
     "gnbench.norms.ReferenceGroupNorm": {"at_most": 32},
     "batch": {"accumulate": 1, "decay_rule": "none"},
-    "dataset": {"validation_size": None},
+    "dataset": {"validation_size": None, "order": "shuffled", "block": None},
 }
-# Of the settings that are no part of the identity.
-LATER_IN_EXECUTION = {"evaluate_every": 1, "as_published": False}
+LATER_IN_EXECUTION = {  # of the settings that are no part of the identity
+    "evaluate_every": 1,
+    "as_published": False,
+    "tracker": {"name": "none", "_target_": "gnbench.trackers.Tracker"},
+}
 LARGEST = 2**63 - 1  # of the integers that torch takes
 MOST_REPLICAS = 1000
 
@@ -203,6 +206,8 @@ class DatasetConfig(Settings):
     mean: list[FiniteFloat]
     std: list[Positive]
     augmentation: Literal["none", "flip", "pad_crop_flip"]
+    order: Literal["shuffled", "sorted_by_class", "class_blocks"]
+    block: Count | None
 
     @property
     def images(self) -> int:
@@ -232,6 +237,13 @@ class DatasetConfig(Settings):
             raise ValueError(
                 f"dataset.train_size={self.train_size}: must be from {self.classes} to {self._left}"
             )
+        if (self.block is not None) != (self.order == "class_blocks"):
+            raise ValueError(
+                f"dataset.order={self.order} dataset.block={self.block}: class_blocks needs a "
+                "block, and no other order takes one"
+            )
+        if self.block is not None and self.block > self.images:
+            raise ValueError(f"dataset.block={self.block}: must be at most {self.images}")
         return self
 
 
@@ -244,6 +256,14 @@ class BatchConfig(Settings):
     lr_rule: Literal["none", "linear", "sqrt"]
     decay_rule: Literal["none", "per_step", "per_epoch"]
     reference_size: Count
+
+
+class TrackerConfig(Component):
+    """Who is told of a run as it goes (``conf/tracker``)."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what goes to the component itself, beside the run."""
+        return {key: value for key, value in super().arguments().items() if key != "_target_"}
 
 
 class RunConfig(Settings):
@@ -263,6 +283,7 @@ class RunConfig(Settings):
     processes: Count
 
     replicas: Annotated[int, Field(ge=1, le=MOST_REPLICAS)]
+    tracker: TrackerConfig
     study: Study
     outputs: Folder
     device: Device

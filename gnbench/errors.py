@@ -6,7 +6,12 @@ import signal
 
 from hydra.errors import HydraException, OverrideParseException
 
-EXTRAS = ("timm",)  # packages that an extra of the same name installs
+EXTRAS = (
+    "timm",
+    "tensorboard",
+    "mlflow",
+    "wandb",
+)  # packages that an extra of the same name installs
 
 # Exit codes. A signal ends a command with 128 + its number.
 DONE, FAILED, BAD_INPUT, AT_WORK, INTERRUPTED = 0, 1, 2, 3, 130

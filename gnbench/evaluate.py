@@ -182,7 +182,8 @@ def _dataset(config: EvaluateConfig, run: RunConfig, known: dict[str, Dataset]) 
     """Load the dataset of a run from where datasets are cached here, once."""
     from gnbench.build import load_dataset
 
-    settings = run.plain()
+    settings = run.plain()  # whose order does not matter to what is loaded
+    settings["dataset"] = {**settings["dataset"], "order": "shuffled", "block": None}
     if run.dataset.root is not None:
         settings["dataset"] = {**settings["dataset"], "root": config.root}
     here = RunConfig.parse(settings)

@@ -1,9 +1,15 @@
+import numpy as np
 import pytest
 import torch
 
+from gnbench import build
+from gnbench.check import compose
+from gnbench.datasets import Dataset
 from gnbench.train.batches import PAD, EpochPlan, ResidentData, draw_epoch
+from tests import tiny
 
 CPU = torch.device("cpu")
+LABELS = torch.tensor([1, 0, 0, 2, 0, 1, 0, 1, 0, 2, 1, 0, 2, 0])  # seven 0, four 1, three 2
 
 
 @pytest.fixture
@@ -73,3 +79,106 @@ def test_shift_is_a_crop_of_the_padded_image(data):
         top, left = PAD + down, PAD + right
         expected = padded[image, top : top + 8, left : left + 8]
         assert torch.equal(pixels(inputs)[image], expected)
+
+
+def runs_of(labels):
+    """Return [class, how many of it in a row] from the front to the end."""
+    values, counts = torch.unique_consecutive(labels, return_counts=True)
+    return list(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("epoch", range(3))
+def test_sorted_by_class_keeps_the_shuffled_order_within_a_class(epoch):
+    shuffled = draw_epoch(7, epoch, 14, "none").order
+    order = draw_epoch(7, epoch, 14, "none", "sorted_by_class", labels=LABELS).order
+    by_hand = [i for label in (0, 1, 2) for i in shuffled.tolist() if LABELS[i] == label]
+    assert order.tolist() == by_hand
+    assert runs_of(LABELS[order]) == [(0, 7), (1, 4), (2, 3)]
+
+
+def test_class_blocks_are_cut_from_each_class_and_the_shorter_ones_come_last():
+    """Blocks of three: two and one of class 0, one and one of class 1, one of class 2."""
+    seen = set()
+    for epoch in range(60):
+        shuffled = draw_epoch(7, epoch, 14, "none").order.tolist()
+        order = draw_epoch(7, epoch, 14, "none", "class_blocks", 3, LABELS).order
+        blocks = [order[:12].view(4, 3)[i].tolist() for i in range(4)] + [[i] for i in order[12:]]
+        classes = [int(LABELS[block[0]]) for block in blocks]
+        assert sorted(classes[:4]) == [0, 0, 1, 2]
+        assert sorted(classes[4:]) == [0, 1]
+        for label in (0, 1, 2):  # the blocks of a class, in some order, are its images as shuffled
+            own = [i for i in shuffled if LABELS[i] == label]
+            cut = [own[at : at + 3] for at in range(0, len(own), 3)]
+            assert sorted(cut) == sorted([b for b in map(list, blocks) if LABELS[b[0]] == label])
+        seen.add(tuple(classes))
+    assert len(seen) == 12 * 2  # every order of the four blocks, and of the two shorter ones
+
+
+def test_a_block_of_one_image_is_a_shuffle_and_one_larger_than_a_class_keeps_it_whole():
+    order = draw_epoch(0, 0, 14, "none", "class_blocks", 1, LABELS).order
+    assert order.sort().values.tolist() == list(range(14))
+    assert len(runs_of(LABELS[order])) > 3
+    found = {
+        tuple(runs_of(LABELS[draw_epoch(0, e, 14, "none", "class_blocks", 8, LABELS).order]))
+        for e in range(40)
+    }
+    assert {frozenset(order) for order in found} == {frozenset({(0, 7), (1, 4), (2, 3)})}
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize("order", [("sorted_by_class",), ("class_blocks", 3)], ids=lambda o: o[0])
+def test_an_order_by_class_is_a_function_of_seed_and_epoch_too(order):
+    def drawn(seed, epoch, augmentation="none"):
+        block = order[1] if len(order) > 1 else None
+        return draw_epoch(seed, epoch, 14, augmentation, order[0], block, LABELS).order.tolist()
+
+    assert drawn(3, 5) == drawn(3, 5) == drawn(3, 5, "pad_crop_flip")
+    assert drawn(3, 5) != drawn(3, 6)
+    assert drawn(3, 5) != drawn(4, 5)
+
+
+def test_the_shuffled_order_is_that_of_runs_that_people_have():
+    """The values of numpy's PCG64, whose stream does not change between releases."""
+    plan = draw_epoch(3, 5, 8, "pad_crop_flip")
+    rng = np.random.default_rng([3, 5])
+    assert plan.order.tolist() == rng.permutation(8).tolist()
+    assert plan.flip.tolist() == (rng.random(8) < 0.5).tolist()
+    assert plan.shift.tolist() == rng.integers(-PAD, PAD + 1, size=(8, 2)).tolist()
+
+
+def plain(root=None):
+    """Images that are 50 times their class all over."""
+    labels = torch.arange(48) % 4
+    images = (50 * labels).to(torch.uint8)[:, None, None, None].expand(48, 8, 8, 1)
+    return Dataset(images, labels, images[:20], labels[:20])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("size", "order"),
+    [(48, ("sorted_by_class",)), (24, ("sorted_by_class",)), (20, ("class_blocks", 4))],
+    ids=str,
+)
+def test_a_training_sees_the_images_in_this_order(size, order, accumulate):
+    """What the network is given, one forward pass after the other, in two epochs."""
+    config = compose(
+        *tiny.OVERRIDES,
+        *("dataset._target_=tests.test_batches.plain", "dataset.augmentation=none"),
+        *(f"dataset.train_size={size}", f"dataset.order={order[0]}"),
+        *(f"dataset.block={block}" for block in order[1:]),
+        *("batch_size=4", f"batch.accumulate={accumulate}"),
+    )
+    training = build.build_training(config, build.load_dataset(config))
+    seen = []
+    training.engine.model.register_forward_pre_hook(
+        lambda model, inputs: seen.append(inputs[0][:, 0, 0, 0]) if model.training else None
+    )
+    list(training.run())
+    assert {len(images) for images in seen} == {4}
+    found = ((torch.cat(seen) * 0.3530 + 0.2860) * 255 / 50).round().to(torch.int64)
+    labels = torch.arange(size) % 4
+    for epoch, own in enumerate(found.view(2, size)):
+        plan = draw_epoch(0, epoch, size, "none", *order, labels=labels)
+        assert own.tolist() == labels[plan.order].tolist()
+    if order[0] == "sorted_by_class":
+        assert runs_of(found[:size]) == [(label, size // 4) for label in range(4)]

@@ -20,7 +20,7 @@ from gnbench.sweep.account import objective
 from tests import tiny
 from tests.conftest import ROOT, environment, measured, started, variant
 
-HEAVY = ("torch", "torchvision", "pandas", "matplotlib")
+HEAVY = ("torch", "torchvision", "pandas", "matplotlib", "tensorboard", "mlflow", "wandb")
 
 
 def imported(*arguments, module="gnbench"):

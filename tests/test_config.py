@@ -90,7 +90,8 @@ def test_every_yaml_composes_into_a_run_that_can_be_trained(file):
 def test_no_yaml_is_forgotten():
     commands = ("config", "aggregate", "status", "evaluate", "memory", "bench", "bench_quick")
     others = {f"{command}.yaml" for command in commands}
-    assert all(f.parts[0] in (*GROUPS, "hydra") or str(f) in others for f in FILES)
+    # Those of tracker/ need packages: tests/test_trackers.py.
+    assert all(f.parts[0] in (*GROUPS, "tracker", "hydra") or str(f) in others for f in FILES)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for name in sorted(others):
             hydra_compose(name.removesuffix(".yaml"), return_hydra_config=True)
@@ -124,6 +125,7 @@ def test_the_presets_hold_the_thirteen_networks_of_the_report():
         "dataset=fashion_mini",
         "dataset.train_size=1000",
         "dataset.augmentation=none",
+        "dataset.order=sorted_by_class",
         "optimizer=sgd",
         "optimizer.lr=0.002",
         "schedule.per=epoch",
@@ -252,6 +254,11 @@ BAD = {
     "dataset.std=[0,1,1]": r"dataset.std\[0\]=0: must be more than 0",
     "dataset.image=[3]": r"dataset.image=\[3\]: must be a list of 3",
     "dataset.image=[3,4,4]": "images of 4×4 pixels are too small for this network",
+    "dataset.order=sorted": "order=sorted: choose one of shuffled, sorted_by_class, class_blocks",
+    "dataset.order=class_blocks": "order=class_blocks dataset.block=None: class_blocks needs a bl",
+    "dataset.block=32": "dataset.order=shuffled dataset.block=32: class_blocks needs a block",
+    "dataset.order=class_blocks dataset.block=0": "dataset.block=0: must be at least 1",
+    "dataset.order=class_blocks dataset.block=50001": "dataset.block=50001: must be at most 50000",
     "dataset.augmentation=mixup": "choose one of none, flip, pad_crop_flip",
     "batch.lr_rule=cubic": "batch.lr_rule=cubic: choose one of none, linear, sqrt",
     "schedule.per=day": "per=day: choose step or epoch",

@@ -36,6 +36,7 @@ def settings(**changed):
     said["validation_size"] = None
     said |= {"image": [1, 8, 12], "classes": 4, "train_images": 48, "test_images": 20}
     said |= {"mean": [0.5], "std": [0.2], "augmentation": "none"}
+    said |= {"order": "shuffled", "block": None}
     return DatasetConfig.parse(said | changed)
 
 

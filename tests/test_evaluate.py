@@ -67,6 +67,21 @@ def test_precise_statistics_are_torchs_average_over_batches(network, images):
             torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_precise_statistics_are_over_batches_in_the_order_of_the_training(network):
+    """Of data sorted by class, and no others: 48 images of four classes, twelve to a batch."""
+    settings = {**CONFIG.dataset.plain(), "order": "sorted_by_class", "augmentation": "none"}
+    train = data(48)
+    moments = training_moments(network, train, CONFIG.with_(dataset=settings), 12)
+    expected = Network("bn")
+    expected.load_state_dict(network.state_dict())
+    inputs, labels = train.chunk(0, 48)
+    update_bn([inputs[labels == label] for label in range(4)], expected)
+    ours = with_moments(network, moments).state_dict()
+    for name, value in expected.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("images", [2, 5])
 def test_population_statistics_are_those_of_all_values_at_once(network, images):
     """All that goes into a batch norm, kept and looked at as a whole, in float64."""
@@ -306,3 +321,6 @@ def test_a_record_older_than_a_setting_is_read_with_what_was_done_then():
     old = {**record, "model": {k: v for k, v in record["model"].items() if k != "hidden"}}
     assert RunConfig.parse(old).run_id == config.run_id
     assert RunConfig.parse(old).model.get("hidden") == 1024
+    data = {k: v for k, v in record["dataset"].items() if k not in ("order", "block")}
+    older = RunConfig.parse({**record, "dataset": data})
+    assert (older, older.run_id) == (config, config.run_id)

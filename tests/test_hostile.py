@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from gnbench.config import conf_dir
 from tests import faults, hostile
 
-GROUPS = ("model", "norm", "dataset", "optimizer", "schedule", "batch", "experiment")
+GROUPS = ("model", "norm", "dataset", "optimizer", "schedule", "batch", "tracker", "experiment")
 NUMBERS = (
     "-1", "0", "1", "2", "3", "7", "64", "-0.0", "0.5", "1.0", "1e-300", "1e300", "-1e300", "nan",
     "-nan", "inf", "-inf", "1000000000000000000", "9223372036854775808", f"1{'0' * 30}",

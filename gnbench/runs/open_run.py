@@ -20,6 +20,7 @@ from gnbench.runs import signals
 from gnbench.runs.directory import RunDirectory
 from gnbench.runs.lock import Heartbeat
 from gnbench.runs.progress import Progress, duration
+from gnbench.trackers import Guard, TrackedRun
 from gnbench.train import as_published, devices
 from gnbench.train.distributed import ProcessGroup
 from gnbench.train.loop import Training
@@ -66,6 +67,7 @@ class OpenRun:
         self._began = self._saved = time.monotonic()
         self._saving_seconds = 0.0  # of the last checkpoint
         self._warned = False
+        self._tracker: Guard | None = None
         self.record: Record = {
             "status": "running",
             "config": config.plain(),
@@ -96,6 +98,7 @@ class OpenRun:
         self.record["activation_bytes"] = training.activation_bytes()
         self._directory.write_record(self.record)
         _announce(self._config, training, said)
+        self._tracker = self._tracked(training, said)
         self._saved = time.monotonic()
         stop = self._shared.stop
         self._gentle = 1
@@ -111,6 +114,7 @@ class OpenRun:
                     if self._config.as_published:
                         self._measure_as_published(training, row.epoch)
                     self._warn_of_rounding(said)
+                    self._tracker.log(self._rows[-1])
                 self._heartbeat.step = training.position.step
                 progress.show(row)
         self._directory.save_correct(training.engine.correct(training.test).numpy())
@@ -156,11 +160,26 @@ class OpenRun:
             )
 
     def let_go(self) -> None:
-        """Free what the training holds: the next run of a sweep needs the memory."""
+        """Free what the training holds, which the next run of a sweep needs; close the tracker."""
         self._shared.stop.gentle -= self._gentle
         if self._training is not None:
             self._training.engine.close()
             self._training = None
+        if self._tracker is not None:
+            self._tracker.close(self.record)
+
+    def _tracked(self, training: Training, said: logging.Logger) -> Guard:
+        """Tell a tracker of the run."""
+        config = self._config
+        run = TrackedRun(
+            config.run_id,
+            config.study,
+            self._directory.path,
+            config.plain(),
+            [dict(row) for row in self._rows],
+            resumes=training.position.step > 0,
+        )
+        return Guard(config.tracker, run, said)
 
     def _prepared(self, processes: ProcessGroup, said: logging.Logger) -> Training:
         """Build the training, where its checkpoint says it was."""

@@ -9,8 +9,10 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from gnbench.config import GROUPS
+from gnbench.config import COMPONENTS, GROUPS
 from gnbench.errors import ConfigError
+
+CHOICES = {*GROUPS, *COMPONENTS}  # the groups of which a run has an option each
 
 
 def may_sweep(arguments: Sequence[str]) -> bool:
@@ -56,7 +58,7 @@ def explained(
         for o in parsed
         if o.type == OverrideType.CHANGE
         and not o.is_hydra_override()
-        and o.key_or_group not in (*GROUPS, "experiment")
+        and o.key_or_group not in {*CHOICES, "experiment"}
     ]
     try:
         config = compose([_first(o) for o in parsed if o not in settings])
@@ -67,7 +69,7 @@ def explained(
         group = key.partition(".")[0]
         if OmegaConf.select(config, key, default=settings) is not settings:
             continue
-        if group not in GROUPS:
+        if group not in CHOICES:
             return ConfigError(f"{line}: there is no such setting; --cfg job lists those there are")
         own = [str(k) for k in config[group] if k != "name" and not str(k).startswith("_")]
         line += f": {group}={config.hydra.runtime.choices[group]} has no such setting"

@@ -128,7 +128,16 @@ def training_moments(
     Their order and augmentation are those of an epoch by the number ``epochs``. A last, smaller
     batch is left out. (fvcore's precise BN averages in the same way.)
     """
-    plan = draw_epoch(config.seed, config.epochs, len(data), config.dataset.augmentation)
+    settings = config.dataset
+    plan = draw_epoch(
+        config.seed,
+        config.epochs,
+        len(data),
+        settings.augmentation,
+        settings.order,
+        settings.block,
+        data.labels,
+    )
     plan = plan.to(data.labels.device)
     network = replaced(model, lambda _, bn: OfBatches(bn, images))
     whole = len(data) // images * images

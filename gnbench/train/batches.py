@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -37,20 +38,32 @@ class EpochPlan:
                 own.copy_(new)
 
 
-def draw_epoch(seed: int, epoch: int, size: int, augmentation: str) -> EpochPlan:
+def draw_epoch(
+    seed: int,
+    epoch: int,
+    size: int,
+    augmentation: str,
+    order: str = "shuffled",
+    block: int | None = None,
+    labels: Tensor | None = None,
+) -> EpochPlan:
     """Draw the plan of an epoch of ``size`` images on the CPU.
 
     It depends on the arguments alone: it is the same on every device and engine, and after a
-    resume. The order does not depend on the augmentation.
+    resume. The order does not depend on the augmentation. Orders by class need the images'
+    ``labels`` (int64, N), ``class_blocks`` also the ``block``; see `_by_class`.
     """
     rng = np.random.default_rng([seed, epoch])
-    order = torch.from_numpy(rng.permutation(size))
+    drawn = rng.permutation(size)
+    if order != "shuffled":
+        assert labels is not None
+        drawn = _by_class(drawn, labels.cpu().numpy(), block, rng)
     flip = shift = None
     if augmentation in ("flip", "pad_crop_flip"):
         flip = torch.from_numpy(rng.random(size) < 0.5)
     if augmentation == "pad_crop_flip":
         shift = torch.from_numpy(rng.integers(-PAD, PAD + 1, size=(size, 2)))
-    return EpochPlan(order, flip, shift)
+    return EpochPlan(torch.from_numpy(drawn), flip, shift)
 
 
 class ResidentData:
@@ -98,6 +111,26 @@ class ResidentData:
     def _normalize(self, images: Tensor) -> Tensor:
         """Map uint8 N,H,W,C to normalized float32 N,C,H,W, channels last in memory."""
         return images.to(torch.float32).sub_(self._mean).div_(self._std).permute(0, 3, 1, 2)
+
+
+def _by_class(
+    order: npt.NDArray[np.int64],
+    labels: npt.NDArray[np.int64],
+    block: int | None,
+    rng: np.random.Generator,
+) -> npt.NDArray[np.int64]:
+    """Put the images of a class together, within it in the given ``order`` (int64, N).
+
+    Without ``block`` one class follows the other. With it each class is cut into blocks of so many
+    images, which then come in an order of their own. What is left of the classes, a shorter block
+    of each, comes last, so that it does not put the blocks before it out of step with the batches.
+    """
+    classes = [order[labels[order] == label] for label in np.unique(labels)]
+    if block is None:
+        return np.concatenate(classes)
+    blocks = [part for one in classes for part in np.split(one, range(block, len(one), block))]
+    drawn = [blocks[number] for number in rng.permutation(len(blocks))]
+    return np.concatenate(sorted(drawn, key=lambda part: len(part) < block))
 
 
 def _shift(images: Tensor, shift: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class Training:
 
     A step takes ``batch_size`` images, shared by the processes of the engine's group;
     ``drop_last`` leaves out a last, partial batch. The order of the images follows from ``seed``
-    and the epoch.
+    and the epoch; ``order`` and ``block`` as for `draw_epoch`.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class Training:
         total_steps: int,
         seed: int,
         augmentation: str,
+        order: str = "shuffled",
+        block: int | None = None,
         evaluate_every: int = 1,
     ) -> None:
         self.engine = engine
@@ -62,6 +64,8 @@ class Training:
         self.total_steps = total_steps
         self.seed = seed
         self.augmentation = augmentation
+        self.order = order
+        self.block = block
         self.position = Position()
         self.diverged = False
 
@@ -112,7 +116,15 @@ class Training:
 
     def _begin_epoch(self) -> Epoch:
         at = self.position
-        plan = draw_epoch(self.seed, at.epoch, len(self.train), self.augmentation)
+        plan = draw_epoch(
+            self.seed,
+            at.epoch,
+            len(self.train),
+            self.augmentation,
+            self.order,
+            self.block,
+            self.train.labels,
+        )
         first_step = at.step - at.epoch_step
         return Epoch(
             self.train,
