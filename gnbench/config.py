@@ -528,3 +528,4 @@ OmegaConf.register_new_resolver(  # oc.env takes an empty variable for a set one
 )
 # Ours are to replace the plugins' configurations of the same name; Hydra advises against it.
 warnings.filterwarnings("ignore", r"\n'hydra/launcher/\w+' is validated against ConfigStore schema")
+warnings.filterwarnings("ignore", "Experimental rerun CLI option")  # what is wrong with it is said
