@@ -64,6 +64,7 @@ class OpenRun:
         self._seconds_before = 0.0  # spent on the run by earlier processes
         self._began = self._saved = time.monotonic()
         self._saving_seconds = 0.0  # of the last checkpoint
+        self._balanced_error: float | None = None  # of the last epoch
         self._warned = False
         self.record: Record = {
             "status": "running",
@@ -110,17 +111,22 @@ class OpenRun:
                     self._warn_of_rounding(said)
                 self._heartbeat.step = training.position.step
                 progress.show(row)
-        self._directory.save_correct(training.engine.correct(training.test).numpy())
+        correct = training.engine.correct(training.test).numpy()
+        self._balanced_error = runs.balanced_error(correct, training.test.labels.cpu().numpy())
+        self._directory.save_correct(correct)
         self._directory.save_model(training.engine.model.state_dict())
 
     def close(self, status: str, error: str | None = None) -> None:
         """Say in the record how the run has ended, and what it reports."""
         if self._training is not None:
             self.record["engine"] = self._training.engine.name
+        result = runs.result(self._directory.rows(), diverged=status == "diverged")
+        if result is not None and self._balanced_error is not None:
+            result["balanced_test_error"] = self._balanced_error
         self.record.update(
             status=status,
             error=error,
-            result=runs.result(self._directory.rows(), diverged=status == "diverged"),
+            result=result,
             seconds=round(self._seconds(), 3),
             peak_memory_bytes=devices.peak_memory_bytes(self._shared.device),
         )
