@@ -198,7 +198,7 @@ def build_training(
         log.warning("engine=graph: no CUDA graphs on %s; going on with engine=eager", where)
     if config.compile and processes.size > 1 and processes.leads:
         log.warning("compile=true: not on several processes; going on without")
-    mean, std = config.dataset.mean, config.dataset.std
+    mean, std = datasets.normalization(dataset, config.dataset)
     validation = None
     if dataset.validation_images is not None and dataset.validation_labels is not None:
         held_out = (dataset.validation_images, dataset.validation_labels)

@@ -22,10 +22,10 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from gnbench.build import base_lr, build_optimizer, build_schedule, drops_last, training_length
-from gnbench.config import COMPONENTS, RunConfig, conf_dir
+from gnbench.config import COMPONENTS, DatasetConfig, RunConfig, conf_dir
 from gnbench.errors import ConfigError, one_line
 from gnbench.train import distributed
-from gnbench.train.devices import choose_device, has_native_bf16
+from gnbench.train.devices import choose_device, free_memory_bytes, has_native_bf16
 
 # Types of settings in a component's signature that are held against the values; others are not.
 PLAIN = (bool, int, float, str, Path, Sequence[int], Sequence[float], Sequence[str])
@@ -108,11 +108,23 @@ def check_machine(config: RunConfig, remote: bool = False) -> None:
         )
     if remote:
         return
+    _check_memory(config.dataset)
     device = choose_device(config.device)
     if config.precision == "bf16" and not has_native_bf16(device):
         raise ConfigError(
             f"precision=bf16: the {device.type} of this machine computes bf16 in emulation, many "
             "times more slowly than fp32; choose precision=fp32"
+        )
+
+
+def _check_memory(dataset: DatasetConfig) -> None:
+    """Refuse images that this machine cannot hold before they are fetched or decoded."""
+    count = dataset.images + (dataset.validation_size or 0) + dataset.test_images
+    needed, free = count * math.prod(dataset.image), free_memory_bytes()
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"dataset={dataset.name}: {count:,} images of {dataset.image} take {needed:,} bytes, "
+            f"and {free:,} are free here: choose a smaller dataset.image or dataset.train_size"
         )
 
 
