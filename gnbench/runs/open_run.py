@@ -80,6 +80,8 @@ class OpenRun:
             "peak_memory_bytes": None,
             "activation_bytes": None,
         }
+        if facts := shared.load().facts:
+            self.record["dataset"] = dict(facts)
         directory.write_record(self.record)
 
     def train(self, processes: ProcessGroup, said: logging.Logger) -> Iterator[int]:
