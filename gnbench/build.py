@@ -226,7 +226,7 @@ def build_training(
         log.warning("compile=true: not on several processes; going on without")
     total_steps = training_length(config)[0]
     _tell_norms(config, model, total_steps * config.batch.accumulate, processes.leads)
-    mean, std = config.dataset.mean, config.dataset.std
+    mean, std = datasets.normalization(dataset, config.dataset)
     validation = None
     if dataset.validation_images is not None and dataset.validation_labels is not None:
         held_out = (dataset.validation_images, dataset.validation_labels)

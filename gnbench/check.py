@@ -23,10 +23,10 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from gnbench.build import base_lr, build_optimizer, build_schedule, drops_last, training_length
-from gnbench.config import COMPONENTS, RunConfig, conf_dir
+from gnbench.config import COMPONENTS, DatasetConfig, RunConfig, conf_dir
 from gnbench.errors import ConfigError, one_line
 from gnbench.train import distributed
-from gnbench.train.devices import choose_device, has_native_bf16
+from gnbench.train.devices import choose_device, free_memory_bytes, has_native_bf16
 
 # Types of settings in a component's signature that are held against the values; others are not.
 PLAIN = (bool, int, float, str, Path, Sequence[int], Sequence[float], Sequence[str])
@@ -116,6 +116,7 @@ def check_machine(config: RunConfig, remote: bool = False) -> None:
             f"tracker={config.tracker.name}: {needed} is not installed: "
             f"pip install 'gnbench[{needed}]'"
         )
+    _check_memory(config.dataset)
     device = choose_device(config.device)
     if config.precision == "bf16" and not has_native_bf16(device):
         raise ConfigError(
@@ -136,6 +137,17 @@ def _check_tracker(config: RunConfig) -> None:
         lacking = [method for method in ("log", "close") if not hasattr(target, method)]
         if lacking:
             raise ConfigError(f"{name}: {config.tracker.target} has no {', '.join(lacking)}()")
+
+
+def _check_memory(dataset: DatasetConfig) -> None:
+    """Refuse images that this machine cannot hold before they are fetched or decoded."""
+    count = dataset.images + (dataset.validation_size or 0) + dataset.test_images
+    needed, free = count * math.prod(dataset.image), free_memory_bytes()
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"dataset={dataset.name}: {count:,} images of {dataset.image} take {needed:,} bytes, "
+            f"and {free:,} are free here: choose a smaller dataset.image or dataset.train_size"
+        )
 
 
 def _check_rates(config: RunConfig) -> None:

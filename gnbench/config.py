@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import pkgutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +46,9 @@ LATER_IN_EXECUTION = {  # of the settings that are no part of the identity
     "as_published": False,
     "tracker": {"name": "none", "_target_": "gnbench.trackers.Tracker"},
 }
+# Of a dataset: where it lies, and how it is looked at.
+NOT_IDENTITY = ("root", "cache", "unreadable", "_describe_")
+FOUND = ("classes", "train_images", "test_images", "content")  # of a dataset, by its `describe`
 LARGEST = 2**63 - 1  # of the integers that torch takes
 MOST_REPLICAS = 1000
 
@@ -191,23 +195,41 @@ class ScheduleConfig(Component):
     gamma: Positive | None = None
 
 
-class DatasetConfig(Settings):
-    """A dataset (``conf/dataset``): the function that returns it, and what it must return."""
+class DatasetSettings(Settings):
+    """A dataset as YAML has it, with null for what is found in the data (``conf/dataset``).
+
+    ``describe`` names the function that finds it: of these settings, to values for the nulls.
+    """
 
     name: Name
     target: str = Field(alias="_target_")
+    describe: str | None = Field(None, alias="_describe_")
     root: DataFolder | None
     train_size: Count | None
     validation_size: Count | None
     image: Annotated[list[Count], Field(min_length=3, max_length=3)]
-    classes: Count
-    train_images: Count
-    test_images: Count
-    mean: list[FiniteFloat]
-    std: list[Positive]
+    classes: Count | None
+    train_images: Count | None
+    test_images: Count | None
+    mean: list[FiniteFloat] | None  # None: measured on the training images
+    std: list[Positive] | None
     augmentation: Literal["none", "flip", "pad_crop_flip"]
     order: Literal["shuffled", "sorted_by_class", "class_blocks"]
     block: Count | None
+    # Of a folder of pictures alone.
+    cache: DataFolder | None = None
+    test_fraction: Annotated[FiniteFloat, Field(gt=0, lt=1)] | None = None
+    split_seed: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
+    unreadable: Literal["refuse", "skip"] | None = None
+    content: str | None = None
+
+
+class DatasetConfig(DatasetSettings):
+    """A dataset: the function that returns it, and what it must return."""
+
+    classes: Count
+    train_images: Count
+    test_images: Count
 
     @property
     def images(self) -> int:
@@ -219,10 +241,27 @@ class DatasetConfig(Settings):
         """The number of training images without those for validation."""
         return self.train_images - (self.validation_size or 0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _described(cls, config: Any) -> Any:
+        """Fill in what the data tell, where that is null."""
+        if not isinstance(config, Mapping) or config.get("_describe_") is None:
+            return config
+        if not any(key in config and config[key] is None for key in FOUND):
+            return config
+        settings = DatasetSettings.model_validate(config)
+        try:
+            describe = pkgutil.resolve_name(str(settings.describe))
+        except (ImportError, AttributeError, ValueError) as error:
+            name = f"dataset._describe_={settings.describe}"
+            raise ConfigError(f"{name}: {one_line(error)}") from error
+        found = describe(settings)
+        return {**config, **{key: found[key] for key in found if config.get(key) is None}}
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         for key, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != self.image[0]:
+            if values is not None and len(values) != self.image[0]:
                 raise ValueError(
                     f"dataset.{key}={values}: must be a list of one number per channel "
                     f"({self.image[0]})"
@@ -385,7 +424,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = {key: _whole(config[key]) for key in IDENTITY}
     if config.get("processes", 1) > 1:  # a run on one has the name it had before there were several
         settings["processes"] = int(config["processes"])
-    settings["dataset"].pop("root", None)
+    for key in NOT_IDENTITY:
+        settings["dataset"].pop(key, None)
     for group in GROUPS:
         later = _later(group, settings[group])
         settings[group] = {

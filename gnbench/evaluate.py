@@ -115,6 +115,7 @@ def _evaluate_run(
     import torch
 
     from gnbench.build import build_model
+    from gnbench.datasets import normalization
     from gnbench.train.batch_statistics import batch_norms, evaluated, trained_images
     from gnbench.train.batches import ResidentData
 
@@ -148,7 +149,7 @@ def _evaluate_run(
     if not wanted:
         return
     dataset = _dataset(config, run, datasets)
-    mean, std = run.dataset.mean, run.dataset.std
+    mean, std = normalization(dataset, run.dataset)
     train = ResidentData(dataset.train_images, dataset.train_labels, mean, std, device)
     test = ResidentData(dataset.test_images, dataset.test_labels, mean, std, device)
     for name, images, wrong in evaluated(run, model, train, test, wanted):
@@ -184,8 +185,9 @@ def _dataset(config: EvaluateConfig, run: RunConfig, known: dict[str, Dataset]) 
 
     settings = run.plain()  # whose order does not matter to what is loaded
     settings["dataset"] = {**settings["dataset"], "order": "shuffled", "block": None}
-    if run.dataset.root is not None:
-        settings["dataset"] = {**settings["dataset"], "root": config.root}
+    place = "root" if run.dataset.cache is None else "cache"  # beside one, the root is the user's
+    if getattr(run.dataset, place) is not None:
+        settings["dataset"] = {**settings["dataset"], place: config.root}
     here = RunConfig.parse(settings)
     key = repr(here.dataset)
     if key not in known:

@@ -21,6 +21,7 @@ from gnbench.build import build_model
 from gnbench.check import compose, composed
 from gnbench.config import RunConfig, conf_dir, identity, run_id
 from gnbench.norms import ReferenceGroupNorm
+from tests import pictures
 
 ROOT = Path(__file__).parents[1]
 GROUPS = ("model", "norm", "dataset", "optimizer", "schedule", "batch", "experiment")
@@ -69,8 +70,13 @@ def test_compose_leaves_the_hydra_application_around_it_alone():
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.parts[0] in GROUPS], ids=str)
-def test_every_yaml_composes_into_a_run_that_can_be_trained(file):
+def test_every_yaml_composes_into_a_run_that_can_be_trained(file, tmp_path):
     choice = f"{file.parts[0]}={file.stem}"
+    if choice == "dataset=folder":
+        root = pictures.tree(tmp_path / "pictures", {"a": 40, "b": 40})
+        choices = (choice, f"dataset.root={root}", f"dataset.cache={tmp_path}")
+        assert checked(*choices).dataset.name == "folder"
+        return
     params = chosen(choice).hydra.sweeper.params if "experiment" in choice else None
     if choice == "norm=frozen_bn":  # it needs pretrained weights
         with pytest.raises(ConfigError, match="statistics must come with pretrained weights"):

@@ -35,7 +35,8 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     95 % interval of the mean by Student's t over seeds, empty for a single one; ``pooled_low`` and
     ``pooled_high`` that by the variance of all cells of the network (`compare.pool`). Only runs
     with a result count, each once though several studies may hold it; ``n_diverged`` of them
-    diverged.
+    diverged. ``balanced_test_error_mean``, if there is one, is of the last epochs: the mean of the
+    error rates of the classes.
     """
     table = table[table["status"].isin(FINISHED)].drop_duplicates("run_id")
     keys = CELL + differing(table)
@@ -66,6 +67,9 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
                 half_width = pooled.half(cell)
                 summary.loc[i, "pooled_low"] = cell.mean - half_width
                 summary.loc[i, "pooled_high"] = cell.mean + half_width
+    if "balanced_test_error" in table and table["balanced_test_error"].notna().any():
+        means = grouped["balanced_test_error"].mean()
+        summary["balanced_test_error_mean"] = means.to_numpy()
     return summary
 
 

@@ -24,6 +24,8 @@ CELL = ["dataset", "model", "norm", "batch_size"]
 VERSIONS = ["gnbench", "torch", "python"]
 NUMBERS = ["test_error", "test_error_final", "epochs_done", "seconds", "peak_memory_bytes"]
 NUMBERS += ["activation_bytes", "val_error"]
+LATER = ["balanced_test_error"]  # numbers that earlier versions did not record: no column without
+NUMBERS += LATER
 TEXTS = ["device", "engine", *VERSIONS, "started", "error"]
 RECORD = ["study", "run_id", "status", *CELL, "seed", *NUMBERS, *TEXTS, "directory"]
 PUBLISHED = Path(__file__).parents[1] / "data" / "published.csv"
@@ -80,9 +82,10 @@ def read_study(path: Path) -> Study:
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             problem = f"run.json is not of this form ({type(error).__name__}: {error})"
             problems.append(f"{folder}: {problem}; left out")
+    absent = [name for name in LATER if all(row[name] is None for row in rows)]
     columns = dict.fromkeys([*RECORD, *itertools.chain(*rows)])
     table, duplicates = _drop_duplicates(pd.DataFrame(rows, columns=list(columns)))
-    study = Study(path, table, problems + duplicates)
+    study = Study(path, table.drop(columns=absent), problems + duplicates)
     study.missing = _missing(study)
     study.notes = _mixed_versions(study.finished)
     return study
@@ -170,6 +173,7 @@ def _row(study: str, run_dir: Path) -> dict[str, Any]:
         "test_error": result.get("test_error"),
         "test_error_final": result.get("test_error_final"),
         "val_error": result.get("val_error"),
+        "balanced_test_error": result.get("balanced_test_error"),
         "epochs_done": result.get("epochs"),
         "directory": str(run_dir),
         "processes": int(record["config"].get("processes", 1)),

@@ -17,7 +17,7 @@ from torchvision import transforms
 
 from gnbench.build import build_model, drops_last, load_dataset
 from gnbench.config import RunConfig
-from gnbench.datasets import Dataset
+from gnbench.datasets import Dataset, normalization
 from gnbench.train.devices import choose_device
 
 DATA_WORKERS = 2  # but no more than there are threads
@@ -97,7 +97,7 @@ class _Pictures(torch.utils.data.Dataset[tuple[Tensor, int]]):
             [
                 transforms.RandomHorizontalFlip(),
                 transforms.ToTensor(),
-                transforms.Normalize(config.dataset.mean, config.dataset.std),
+                transforms.Normalize(*normalization(dataset, config.dataset)),
             ]
         )
 

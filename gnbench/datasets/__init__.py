@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
+import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,41 +23,66 @@ from gnbench.errors import ConfigError, DataError, one_line
 
 log = logging.getLogger(__name__)
 
+VALIDATION = ("validation_images", "validation_labels")
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images as uint8 tensors (N,H,W,C) and labels as int64 tensors (N), in the official order."""
+    """Images as uint8 tensors (N,H,W,C) and labels as int64 tensors (N), in the official order.
+
+    ``mean`` and ``std``, per channel in [0, 1], are there where `load` measures them; ``facts`` is
+    what ``run.json`` is to say of the data.
+    """
 
     train_images: Tensor
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
-    validation_images: Tensor | None = None  # held out of the training images by `load`
+    validation_images: Tensor | None = None
     validation_labels: Tensor | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Dataset:
         """Return it on ``device``."""
-        tensors = (None if t is None else t.to(device) for t in vars(self).values())
-        return Dataset(*tensors)  # type: ignore[arg-type]
+        tensors = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
 
 def load(settings: DatasetConfig) -> Dataset:
     """Call the function that ``settings`` name and hold what it returns against them.
 
     Types are converted where nothing is lost: numpy arrays, integers of any width. Shapes are not
-    guessed. The runs of a process share what a function returned for a root.
+    guessed. The runs of a process share what a function returned for a root. One with a parameter
+    ``train_size`` is given all the settings that it names, takes the subset and holds out the
+    validation by itself.
 
     Raises:
         DataError: if no source has the dataset.
         ConfigError: if the function fails, or returns something else than the settings say.
     """
     try:
-        dataset = _returned(get_method(settings.target), settings.root)
-        _check(dataset, settings)
-        if settings.validation_size is not None:
-            dataset = hold_out(dataset, settings.validation_size)
-        if settings.train_size is not None:
-            dataset = balanced_subset(dataset, settings.train_size)
+        function = get_method(settings.target)
+        wanted = inspect.signature(function).parameters
+        if "train_size" in wanted:
+            given = {key: getattr(settings, key) for key in wanted}
+            found = function(**given)
+            dataset = _converted(found)
+            _check(dataset, settings, settings.images)
+            if settings.validation_size is not None:
+                held = {key: getattr(found, key) for key in VALIDATION}
+                held = {key: _tensor(key, value) for key, value in held.items()}
+                dataset = replace(dataset, **held)
+        else:
+            dataset = _returned(function, settings.root)
+            _check(dataset, settings, settings.train_images)
+            if settings.validation_size is not None:
+                dataset = hold_out(dataset, settings.validation_size)
+            if settings.train_size is not None:
+                dataset = balanced_subset(dataset, settings.train_size)
+        if settings.mean is None or settings.std is None:
+            dataset = _measured(dataset, settings)
     except DataError:
         raise
     except ConfigError as error:
@@ -75,6 +102,24 @@ def cifar10(root: str | Path) -> Dataset:
         DataError: if no source has it.
     """
     return _dataset(cache.load(sources.CIFAR10, Path(root)))
+
+
+def cifar100(root: str | Path) -> Dataset:
+    """Return CIFAR-100 (Krizhevsky 2009) with its 100 fine classes, cached under ``root``.
+
+    Raises:
+        DataError: if no source has it.
+    """
+    return _dataset(cache.load(sources.CIFAR100, Path(root)))
+
+
+def svhn(root: str | Path) -> Dataset:
+    """Return SVHN (Netzer et al. 2011), its cropped digits without "extra", cached under ``root``.
+
+    Raises:
+        DataError: if no source has it.
+    """
+    return _dataset(cache.load(sources.SVHN, Path(root)))
 
 
 def fashion_mnist(root: str | Path) -> Dataset:
@@ -149,20 +194,63 @@ def _of_each_class(labels: Tensor, setting: str, size: int) -> Tensor:
     return torch.cat(kept).sort().values
 
 
+def measured(images: Tensor) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of uint8 ``images`` (N,H,W,C) per channel, in [0, 1].
+
+    From the number of pixels at each of the 256 levels: exact but for the last rounding.
+    """
+    levels, channels = torch.arange(256), range(images.shape[-1])
+    pixels = torch.zeros(len(channels), 256, dtype=torch.int64)
+    for few in torch.split(images, 1024):
+        counts = [
+            torch.bincount(few[..., channel].flatten(), minlength=256) for channel in channels
+        ]
+        pixels += torch.stack(counts)
+    count = int(pixels[0].sum())
+    total, squares = ((pixels * levels**power).sum(dim=1).tolist() for power in (1, 2))
+    mean = [t / count / 255 for t in total]
+    pairs = zip(total, squares, strict=True)
+    return mean, [math.sqrt(count * s - t * t) / count / 255 for t, s in pairs]
+
+
+def normalization(dataset: Dataset, settings: DatasetConfig) -> tuple[list[float], list[float]]:
+    """Return mean and std per channel in [0, 1]: of the settings, else as `load` measured them."""
+    mean, std = settings.mean or dataset.mean, settings.std or dataset.std
+    if mean is None or std is None:
+        raise ConfigError("dataset.mean, dataset.std: give both, or load the dataset with `load`")
+    return [*mean], [*std]
+
+
+def _measured(dataset: Dataset, settings: DatasetConfig) -> Dataset:
+    """Add mean and std of the training images that are left, where the settings have none."""
+    mean, std = measured(dataset.train_images)
+    mean, std = settings.mean or mean, settings.std or std
+    if not all(std):
+        raise ConfigError(
+            f"the training images have a standard deviation of {std} per channel: give a "
+            "dataset.std without zeros"
+        )
+    facts = {**dataset.facts, "mean": mean, "std": std}
+    return replace(dataset, mean=mean, std=std, facts=facts)
+
+
 @functools.lru_cache(maxsize=4)
 def _returned(function: Callable[[str | None], Any], root: str | None) -> Dataset:
-    found = function(root)
+    return _converted(function(root))
+
+
+def _converted(found: Any) -> Dataset:
     if not isinstance(found, Dataset):
         raise ConfigError(
             f"it returns a {type(found).__name__}, not a gnbench.datasets.Dataset: return "
             "Dataset(train_images, train_labels, test_images, test_labels)"
         )
-    return _dataset(vars(found))
+    return replace(_dataset(vars(found)), facts=found.facts)
 
 
 def _dataset(arrays: Mapping[str, Any]) -> Dataset:
-    names = [field.name for field in fields(Dataset) if field.default is MISSING]
-    return Dataset(*(_tensor(name, arrays[name]) for name in names))
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    return Dataset(**{name: _tensor(name, arrays[name]) for name in names})  # type: ignore[arg-type]
 
 
 def _tensor(name: str, value: Any) -> Tensor:
@@ -182,10 +270,10 @@ def _tensor(name: str, value: Any) -> Tensor:
     return torch.from_numpy(np.require(array, dtype, requirements=["C", "W", "E"]))
 
 
-def _check(dataset: Dataset, settings: DatasetConfig) -> None:
+def _check(dataset: Dataset, settings: DatasetConfig, train_images: int) -> None:
     """Refuse what is not as ``settings`` say; warn of what is odd."""
     channels, height, width = settings.image
-    for split, count in (("train", settings.train_images), ("test", settings.test_images)):
+    for split, count in (("train", train_images), ("test", settings.test_images)):
         images: Tensor = getattr(dataset, f"{split}_images")
         labels: Tensor = getattr(dataset, f"{split}_labels")
         found, wanted = tuple(images.shape), (count, height, width, channels)

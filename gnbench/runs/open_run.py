@@ -66,6 +66,7 @@ class OpenRun:
         self._seconds_before = 0.0  # spent on the run by earlier processes
         self._began = self._saved = time.monotonic()
         self._saving_seconds = 0.0  # of the last checkpoint
+        self._balanced_error: float | None = None  # of the last epoch
         self._warned = False
         self._tracker: Guard | None = None
         self.record: Record = {
@@ -82,6 +83,8 @@ class OpenRun:
             "peak_memory_bytes": None,
             "activation_bytes": None,
         }
+        if facts := shared.load().facts:
+            self.record["dataset"] = dict(facts)
         directory.write_record(self.record)
 
     def train(self, processes: ProcessGroup, said: logging.Logger) -> Iterator[int]:
@@ -117,7 +120,9 @@ class OpenRun:
                     self._tracker.log(self._rows[-1])
                 self._heartbeat.step = training.position.step
                 progress.show(row)
-        self._directory.save_correct(training.engine.correct(training.test).numpy())
+        correct = training.engine.correct(training.test).numpy()
+        self._balanced_error = runs.balanced_error(correct, training.test.labels.cpu().numpy())
+        self._directory.save_correct(correct)
         self._directory.save_model(training.engine.model.state_dict())
 
     def close(self, status: str, error: str | None = None) -> None:
@@ -128,6 +133,8 @@ class OpenRun:
         if result and len(self._as_published) == result["epochs"]:
             kept = as_published.best(self._as_published)
             result |= {"printed_error": kept["printed_error"], "printed_epoch": kept["epoch"]}
+        if result is not None and self._balanced_error is not None:
+            result["balanced_test_error"] = self._balanced_error
         self.record.update(
             status=status,
             error=error,

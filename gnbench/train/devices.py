@@ -136,6 +136,21 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return None if kib is None else 1024 * int(kib.split()[0])
 
 
+def free_memory_bytes() -> int | None:
+    """Return what this machine, or the control group of this process, has left for it to take.
+
+    None without Linux's ``/proc``.
+    """
+    kib = _field("/proc/meminfo", "MemAvailable")
+    found = [] if kib is None else [1024 * int(kib.split()[0])]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # there is none, or it says "max"
+            continue
+    return min(found, default=None)
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Have `peak_memory_bytes` start again."""
     if device.type == "cuda":
