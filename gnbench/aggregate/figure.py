@@ -124,7 +124,9 @@ def draw_curves(metrics: pd.DataFrame, settings: Sequence[str], order: str) -> F
         row_of_axes[0].set_ylabel("test error (%)")
     shown = list(handles.values())
     longest = max(len(str(line.get_label())) for line in shown)
-    fitting = int(figure.get_figwidth() / (0.6 + 0.09 * longest))  # inches of a line and its label
+    inches = 0.6 + 0.09 * longest  # of a line and its label
+    figure.set_figwidth(max(figure.get_figwidth(), inches))
+    fitting = int(figure.get_figwidth() / inches)
     ncols = max(1, min(6, len(shown), fitting))
     height = 0.25 * (math.ceil(len(shown) / ncols) - 1)  # of further rows of the legend
     figure.set_figheight(figure.get_figheight() + height)
