@@ -129,7 +129,8 @@ def _evaluate_run(
     model = build_model(run)
     model.load_state_dict(torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True))
     if not batch_norms(model):
-        yield f"norm={run.norm.name} has no running statistics of a batch norm: nothing to evaluate"
+        name = run.norm.name
+        yield f"norm={name}: other statistics are defined for batch norm: nothing to evaluate"
         return
     model = model.to(device).eval()
     names = (run.dataset.name, run.model.name, run.norm.name, run.batch_size, run.seed)

@@ -104,7 +104,7 @@ def _seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def leave(*_, **__):
+def leave(*positional, **settings):
     """Be a component that ends the program."""
     raise SystemExit
 

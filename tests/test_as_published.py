@@ -197,6 +197,7 @@ def test_an_interrupted_run_measures_the_same(tiny_config, whole, monkeypatch, a
     assert table(config) == table(whole[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["append", "save_as_published", "save_model"])
 def test_a_killed_run_measures_the_same(tiny_config, whole, monkeypatch, method):
     """Killed as soon as a file of the third epoch is there, or at its end.

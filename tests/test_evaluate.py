@@ -221,7 +221,8 @@ def test_a_study_is_evaluated_once(study, tmp_path, capsys, monkeypatch):
         assert float(ema["test_error"]) == last["test_error"]
         assert int(ema["test_wrong"]) == last["test_wrong"]
     assert (
-        "norm=gn has no running statistics of a batch norm: nothing to evaluate:\n  tiny-" in said
+        "norm=gn: other statistics are defined for batch norm: nothing to evaluate:\n  tiny-"
+        in said
     )
     assert f"no model.pt:\n  {runs['lost'].run_id}" in said
     assert "ema differs" not in said

@@ -1,10 +1,12 @@
 """Folders of pictures: what is read, how it is decoded, split, kept and named, what is refused."""
 
 import csv
+import errno
 import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,8 +58,10 @@ def test_pictures_classes_and_order_are_those_of_torchvision(tmp_path):
     for half in BOTH:
         theirs = ImageFolder(root / half)
         images, labels = getattr(dataset, f"{half}_images"), getattr(dataset, f"{half}_labels")
-        assert labels.tolist() == theirs.targets
-        assert grays(images) == [image.getpixel((0, 0))[0] for image, _ in theirs]
+        ours = [*zip(labels.tolist(), grays(images), strict=True)]
+        assert (sorted(ours) if half == "test" else ours) == [
+            (label, image.getpixel((0, 0))[0]) for image, label in theirs
+        ]
     assert dataset.facts["class_names"] == theirs.classes == ["C", "a", "b"]
     assert dataset.facts["pictures"] == {"train": [2, 5, 3], "test": [2, 2, 3]}
     assert dataset.facts["split"] == {"folders": "train,test"}
@@ -83,10 +87,10 @@ def test_links_are_followed_but_not_in_circles_and_what_is_hidden_is_left_alone(
 def test_val_is_the_test_where_there_is_no_other_and_what_is_left_out_is_said(tmp_path, caplog):
     caplog.set_level("INFO")
     root = tree(tmp_path / "pictures", {"a": 2, "b": 2}, ("train", "val"))
-    assert grays(loaded(root).test_images) == [4, 5, 6, 7]
+    assert sorted(grays(loaded(root).test_images)) == [4, 5, 6, 7]
     (root / "test").mkdir()
     plain(root / "test" / "unlabelled.png", 0)
-    assert grays(loaded(root).test_images) == [4, 5, 6, 7]
+    assert sorted(grays(loaded(root).test_images)) == [4, 5, 6, 7]
     tree(root, {"a": 1, "b": 1}, ["test"])
     plain(root / "train" / "a" / "below" / "x.png", 0)
     (root / "train" / "a" / "note.txt").touch()
@@ -121,6 +125,14 @@ def test_a_split_takes_its_share_of_every_class_and_follows_from_its_seed(tmp_pa
     assert other.facts["test_files_sha256"] != dataset.facts["test_files_sha256"]
     half = loaded(root, "dataset.test_fraction=0.5")
     assert half.facts["pictures"] == {"train": [10, 5, 1], "test": [10, 5, 1]}
+
+
+def test_the_test_pictures_are_not_sorted_by_class(tmp_path):
+    root = tree(tmp_path / "pictures", {"a": 100, "b": 100})
+    labels = loaded(root).test_labels.tolist()
+    assert sorted(labels) == [0] * 20 + [1] * 20
+    assert 5 < sum(labels[:20]) < 15
+    assert labels == loaded(root).test_labels.tolist()
 
 
 # How it is decoded.
@@ -278,6 +290,25 @@ def test_unreadable_pictures_are_skipped_where_asked(tmp_path, caplog):
     # Without those the same pictures are left.
     assert config(root).run_id == skipping.run_id == config(root, "dataset.unreadable=skip").run_id
     assert torch.equal(loaded(root).train_images, dataset.train_images)
+
+
+def test_a_disk_that_fails_is_no_unreadable_picture(tmp_path, monkeypatch):
+    root = tree(tmp_path / "pictures", {"a": 4, "b": 4})
+    whole = loaded(root, "dataset.unreadable=skip").facts
+    for path in (tmp_path / "cache").glob("*.npz"):
+        path.unlink()
+
+    def failing(path):
+        if path.parent.name == "b":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return reading(path)
+
+    reading = Path.read_bytes
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", failing)
+        with pytest.raises(DataError, match=r"cannot be read now: b/.* \(Input/output error\)"):
+            config(root, "dataset.unreadable=skip")
+    assert loaded(root, "dataset.unreadable=skip").facts == whole
 
 
 def test_a_class_of_which_nothing_can_be_read_is_refused_even_then(tmp_path):

@@ -302,6 +302,7 @@ def test_a_tracker_of_a_run_that_resumes_is_given_the_rows_before(small_config, 
     assert [*told.rows, *(row for _, row in logged)] == whole_rows(config)
 
 
+@pytest.mark.slow
 def test_a_rerun_does_not_resume(small_config):
     run(small_config(*MINE))
     heard.clear()
@@ -369,6 +370,7 @@ def test_a_tracker_whose_module_cannot_be_imported_costs_one_warning(
     assert caplog.text.count("tracker=mine: AttributeError: ") == 1
 
 
+@pytest.mark.slow
 def test_a_tracker_can_change_nothing_of_the_training(small_config, monkeypatch):
     meddler = ("tracker._target_=tests.test_trackers.Meddler", *DROPOUT, "epochs=3")
     config = small_config(*meddler, "checkpoint_seconds=0")
@@ -418,6 +420,7 @@ def test_tensorboard_reads_back_what_a_run_did(small_config):
     assert_same_without_tracker(config)
 
 
+@pytest.mark.slow
 @needs("tensorboard")
 @pytest.mark.parametrize("ends", [interrupt, kill])
 def test_tensorboard_has_each_epoch_of_a_resumed_run_once(small_config, monkeypatch, ends):
@@ -427,6 +430,7 @@ def test_tensorboard_has_each_epoch_of_a_resumed_run_once(small_config, monkeypa
     assert_scalars(config, run(config.with_(rerun=True)))
 
 
+@pytest.mark.slow
 @needs("tensorboard")
 def test_a_tracker_that_comes_late_is_told_what_was_before(small_config, monkeypatch):
     interrupt(small_config("epochs=3"), monkeypatch, 13)

@@ -149,6 +149,7 @@ def config(model, norm, **settings):
     return RunConfig.parse(composed()).with_(dataset=dataset, batch_size=4, **parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("model", ["torchvision", "timm"])
 def test_every_norm_of_conf_trains_in_them(model, norm):
@@ -407,6 +408,7 @@ def test_inception_sees_pretrained_what_it_was_trained_on(weights):
     assert torch.equal(ours(x), trained(x))
 
 
+@pytest.mark.slow
 def test_frozen_statistics_are_those_of_the_weights(weights):
     """A fine-tuned network keeps them, in training as well."""
     trained = weights("torchvision", "resnet18").eval()

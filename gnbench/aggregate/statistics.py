@@ -36,7 +36,7 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     ``pooled_high`` that by the variance of all cells of the network (`compare.pool`). Only runs
     with a result count, each once though several studies may hold it; ``n_diverged`` of them
     diverged. ``balanced_test_error_mean``, if there is one, is of the last epochs: the mean of the
-    error rates of the classes.
+    error rates of the classes; ``test_error_final_mean`` then is the plain error of these epochs.
     """
     table = table[table["status"].isin(FINISHED)].drop_duplicates("run_id")
     keys = CELL + differing(table)
@@ -70,6 +70,7 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     if "balanced_test_error" in table and table["balanced_test_error"].notna().any():
         means = grouped["balanced_test_error"].mean()
         summary["balanced_test_error_mean"] = means.to_numpy()
+        summary["test_error_final_mean"] = grouped["test_error_final"].mean().to_numpy()
     return summary
 
 

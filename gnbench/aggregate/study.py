@@ -24,7 +24,10 @@ CELL = ["dataset", "model", "norm", "batch_size"]
 VERSIONS = ["gnbench", "torch", "python"]
 NUMBERS = ["test_error", "test_error_final", "epochs_done", "seconds", "peak_memory_bytes"]
 NUMBERS += ["activation_bytes", "val_error"]
-LATER = ["balanced_test_error"]  # numbers that earlier versions did not record: no column without
+LATER = [
+    "balanced_test_error",
+    "printed_error",
+]  # numbers that earlier versions did not record: no column without
 NUMBERS += LATER
 TEXTS = ["device", "engine", *VERSIONS, "started", "error"]
 RECORD = ["study", "run_id", "status", *CELL, "seed", *NUMBERS, *TEXTS, "directory"]
@@ -174,6 +177,7 @@ def _row(study: str, run_dir: Path) -> dict[str, Any]:
         "test_error_final": result.get("test_error_final"),
         "val_error": result.get("val_error"),
         "balanced_test_error": result.get("balanced_test_error"),
+        "printed_error": result.get("printed_error"),
         "epochs_done": result.get("epochs"),
         "directory": str(run_dir),
         "processes": int(record["config"].get("processes", 1)),

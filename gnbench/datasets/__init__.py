@@ -66,7 +66,7 @@ def load(settings: DatasetConfig) -> Dataset:
         function = get_method(settings.target)
         wanted = inspect.signature(function).parameters
         if "train_size" in wanted:
-            given = {key: getattr(settings, key) for key in wanted}
+            given = {key: getattr(settings, key) for key in wanted if hasattr(settings, key)}
             found = function(**given)
             dataset = _converted(found)
             _check(dataset, settings, settings.images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import itertools
@@ -32,9 +33,11 @@ log = logging.getLogger(__name__)
 # Those of torchvision's ImageFolder, in small letters or capitals.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 TRAIN, TEST = "train", ("test", "val", "valid", "validation")  # the first that has classes counts
+MIXING = 0  # seed of the order of the test pictures
 DECODING = 1  # goes up when the same picture is to give other pixels
 NAMED = 5  # of a list in a message; the log names all unreadable pictures
 SECONDS_A_LINE = 10.0
+GONE = (None, errno.ENOENT, errno.ELOOP)  # no failure of reading, or a link to nothing
 CHUNK = 16  # pictures that a thread takes at a time
 
 
@@ -118,9 +121,12 @@ def load(
             "run"
         )
     train, held = _chosen(listing.train, train_size, validation_size)
-    pictures = [*train, *held, *listing.test]
+    # Mixed: a norm may take its statistics over test images that follow each other.
+    mixed = np.random.default_rng(MIXING).permutation(len(listing.test))
+    test = [listing.test[i] for i in mixed]
+    pictures = [*train, *held, *test]
     decoded = _decoded(Path(root).expanduser(), pictures, image, content, Path(cache))
-    sizes = [len(train), len(held), len(listing.test)]
+    sizes = [len(train), len(held), len(test)]
     images = torch.from_numpy(decoded).split(sizes)  # type: ignore[no-untyped-call]
     labels = torch.tensor([picture.label for picture in pictures]).split(sizes)  # type: ignore[no-untyped-call]
     log.info(
@@ -479,8 +485,12 @@ def _done(
 
     A bar on a terminal, elsewhere a line now and then. Reading, decoding and scaling leave Python's
     lock to others.
+
+    Raises:
+        DataError: if a file cannot be read for a reason that lies in the machine.
     """
     failures: dict[int, str] = {}
+    passing: dict[int, str] = {}  # of these what may be over tomorrow, and says nothing of the file
 
     def do(numbers: range) -> int:
         for i in numbers:
@@ -490,6 +500,8 @@ def _done(
                 failures[i] = "no picture that Pillow knows"
             except Exception as error:
                 failures[i] = getattr(error, "strerror", None) or one_line(error)
+                if isinstance(error, MemoryError) or getattr(error, "errno", None) not in GONE:
+                    passing[i] = failures[i]
         return len(numbers)
 
     total, so_far = len(pictures), 0
@@ -511,6 +523,9 @@ def _done(
     log.info("%s %s in %.1f s", f"{total:,}", done, time.monotonic() - began)
     for i in sorted(failures):
         log.warning("%s: %s", top / pictures[i].name, failures[i])
+    if passing:
+        named = _named([f"{pictures[i].name} ({passing[i]})" for i in sorted(passing)])
+        raise DataError(f"{top}: pictures cannot be read now: {named}; mend that and try again")
     return dict(sorted(failures.items()))
 
 

@@ -13,7 +13,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
@@ -275,12 +275,12 @@ def now() -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    return {
-        "gnbench": _gnbench_version(),
-        "torch": importlib.metadata.version("torch"),
-        "python": platform.python_version(),
-    }
+    """Return the versions that a result depends on; of packages those that are installed."""
+    found = {"gnbench": _gnbench_version()}
+    for package in ("torch", "torchvision", "timm", "pillow"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found | {"python": platform.python_version()}
 
 
 def _gnbench_version() -> str:

@@ -195,6 +195,8 @@ def _finished(config: RunConfig, directory: RunDirectory) -> Record | None:
         record["status"],
         record["result"]["test_error"],
     )
+    if config.as_published and "printed_error" not in record["result"]:
+        log.warning("%s was trained without as_published; rerun=true measures it", config.run_id)
     return record
 
 
