@@ -546,6 +546,7 @@ def test_wandb_has_each_epoch_of_a_resumed_run_once(small_config, monkeypatch):
     assert_wandb(config, run(config))
 
 
+ALONE = {"WANDB_SERVICE": None}  # not with the service of the tests' own process
 REAL = [
     pytest.param("tensorboard", "TensorBoard", marks=needs("tensorboard")),
     pytest.param("mlflow", "MLflow", marks=needs("mlflow")),
@@ -569,7 +570,7 @@ def test_each_epoch_stands_once_after_sigkill(small_config, tmp_path, cli, optio
         "epochs=4",
         "checkpoint_seconds=0",
     )
-    done = cli(*overrides, f"tracker._target_=tests.test_trackers.Dying{name}")
+    done = cli(*overrides, f"tracker._target_=tests.test_trackers.Dying{name}", env=ALONE)
     assert done.returncode == -signal.SIGKILL
     config = small_config(f"tracker={option}", "epochs=4", "checkpoint_seconds=0")
     assert len(whole_rows(config)) == 3
@@ -581,7 +582,7 @@ def test_each_epoch_stands_once_after_sigkill(small_config, tmp_path, cli, optio
 def test_ctrl_c_ends_a_command_as_without_a_tracker(small_config, tmp_path, option, name):
     """The signal reaches all processes of the group, as from a terminal."""
     long = (*tiny.OVERRIDES, *tiny.SMALL, "epochs=100000", f"tracker={option}")
-    process = started(tmp_path, "gnbench", *long, start_new_session=True)
+    process = started(tmp_path, "gnbench", *long, env=ALONE, start_new_session=True)
     config = small_config("epochs=100000")
     until = time.monotonic() + 120
     while not whole_rows(config):
