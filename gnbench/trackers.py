@@ -88,10 +88,16 @@ class TensorBoard(Tracker):
 
     def close(self, record: Mapping[str, Any]) -> None:
         """Write settings and result for the HPARAMS page once the run is finished."""
+        from torch.utils.tensorboard import summary
+
         if record["status"] in ("completed", "diverged"):
             result = {f"result/{key}": value for key, value in record["result"].items()}
-            epochs = record["result"]["epochs"]
-            self._writer.add_hparams(self._settings, result, run_name=".", global_step=epochs)
+            # Not by add_hparams, which opens a file of its own.
+            hparams: Any = summary.hparams
+            for part in hparams(self._settings, result):
+                self._writer.file_writer.add_summary(part)
+            for name, value in result.items():
+                self._writer.add_scalar(name, value, record["result"]["epochs"])
         self._writer.close()
 
 
