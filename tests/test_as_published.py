@@ -228,6 +228,7 @@ def test_a_killed_run_measures_the_same(tiny_config, whole, monkeypatch, method)
     assert table(config) == table(whole[0])
 
 
+@pytest.mark.slow
 def test_asked_for_too_late_it_says_so_and_gives_no_number(tiny_config, monkeypatch, caplog):
     config, without = tiny_config(*RUN), tiny_config(*RUN, "as_published=false", "rerun=true")
     stop(without, monkeypatch, after_step=9)

@@ -539,6 +539,7 @@ def test_measured_is_what_float64_gives():
 # The command.
 
 
+@pytest.mark.slow
 def test_the_command_trains_on_a_folder(cli, tmp_path):
     root = tree(tmp_path / "pictures", {"a": 12, "b": 6})
     (root / "b" / "broken.jpg").write_text("not a picture")

@@ -7,8 +7,8 @@ from gnbench.build import build_model
 from gnbench.check import compose
 from tests.trainings import NORMS
 
-SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ("simplenet", "resnet34", "resnet50")]
-MODELS = ("simplenetv2", "resnet18", *SLOW)
+MANY = ("simplenet", "resnet18", "resnet34", "resnet50")
+MODELS = ("simplenetv2", *(pytest.param(name, marks=pytest.mark.slow) for name in MANY))
 TIMM = ("evonorm_s0", "evonorm_b0", "frn")
 
 

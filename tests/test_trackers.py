@@ -289,6 +289,7 @@ def test_every_replica_has_a_tracker_of_its_own(small_config):
     assert closed == list(outcomes.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", [interrupt, kill])
 def test_a_tracker_of_a_run_that_resumes_is_given_the_rows_before(small_config, monkeypatch, ends):
     config = small_config(*MINE, "epochs=4", "checkpoint_seconds=0")

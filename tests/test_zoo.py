@@ -103,6 +103,7 @@ def test_the_same_seed_draws_the_same_weights():
     assert same(first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "arch", "norms"),
     [
@@ -235,6 +236,7 @@ def test_activations_that_follow_such_a_norm_are_left_out():
     assert len(activations(ours)) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "arch", "left"),
     [
@@ -397,6 +399,7 @@ def test_another_eps_than_that_of_the_weights_is_said(weights, caplog):
     assert "its weights were trained with norm.eps=0.001" in caplog.text
 
 
+@pytest.mark.slow
 def test_inception_sees_pretrained_what_it_was_trained_on(weights):
     """Its weights want another scale of the images, and have auxiliary classifiers."""
     trained = weights("torchvision", "googlenet", init_weights=False).eval()
