@@ -12,6 +12,7 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from hydra import compose as hydra_compose
@@ -27,6 +28,7 @@ from gnbench.config import COMPONENTS, DatasetConfig, RunConfig, conf_dir
 from gnbench.errors import ConfigError, one_line
 from gnbench.train import distributed
 from gnbench.train.devices import choose_device, free_memory_bytes, has_native_bf16
+from gnbench.train.loop import steps_per_epoch
 
 # Types of settings in a component's signature that are held against the values; others are not.
 PLAIN = (bool, int, float, str, Path, Sequence[int], Sequence[float], Sequence[str])
@@ -92,6 +94,7 @@ def check(config: RunConfig) -> None:
     with torch.random.fork_rng(devices=[]):
         build_optimizer(config, nn.Linear(1, 1))
     _check_rates(config)
+    _check_order(config)
 
 
 def check_machine(config: RunConfig, remote: bool = False) -> None:
@@ -129,6 +132,12 @@ def _check_tracker(config: RunConfig) -> None:
     """Refuse what cannot be called as a tracker: it would be built when the training begins."""
     target = pkgutil.resolve_name(config.tracker.target)
     name = f"tracker={config.tracker.name}"
+    for key, value in config.tracker.arguments().items():
+        if isinstance(value, str) and "://" in value and "@" in urlsplit(value).netloc:
+            raise ConfigError(
+                f"tracker.{key} names a user or a password, which run.json would keep: give them "
+                "by the environment (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)"
+            )
     try:
         inspect.signature(target).bind(None, **config.tracker.arguments())
     except TypeError as error:
@@ -161,6 +170,18 @@ def _check_rates(config: RunConfig) -> None:
         raise ConfigError(
             f"optimizer.lr={config.optimizer.lr}, schedule={config.schedule.name}, "
             f"batch={config.batch.name}: the learning rate becomes infinite; choose a smaller one"
+        )
+
+
+def _check_order(config: RunConfig) -> None:
+    """Refuse a training that ends in the midst of the classes."""
+    epoch = steps_per_epoch(config.dataset.images, config.sgd_batch, drops_last(config))
+    steps = training_length(config)[0]
+    if config.dataset.order == "sorted_by_class" and steps % epoch:
+        raise ConfigError(
+            f"dataset.order=sorted_by_class batch.fixed={config.batch.fixed}: {steps:,} steps, of "
+            f"{epoch:,} an epoch, would end before the last classes have come; choose "
+            "batch.fixed=epochs or another order"
         )
 
 

@@ -256,6 +256,8 @@ class DatasetConfig(DatasetSettings):
             name = f"dataset._describe_={settings.describe}"
             raise ConfigError(f"{name}: {one_line(error)}") from error
         found = describe(settings)
+        if settings.root is not None:  # a record is read elsewhere
+            config = {**config, "root": str(Path(settings.root).absolute())}
         return {**config, **{key: found[key] for key in found if config.get(key) is None}}
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ from gnbench.runs.directory import RunDirectory, read_record
 from gnbench.sweep.plan import find_studies
 
 if TYPE_CHECKING:  # torch is not for --help
+    import pandas as pd
     import torch
 
     from gnbench.datasets import Dataset
@@ -47,6 +48,7 @@ class EvaluateConfig(Settings):
     images: list[Count]
     device: Device
     root: DataFolder
+    pictures: DataFolder | None
 
 
 def evaluate(config: EvaluateConfig) -> bool:
@@ -181,14 +183,23 @@ def _wanted(
 
 
 def _dataset(config: EvaluateConfig, run: RunConfig, known: dict[str, Dataset]) -> Dataset:
-    """Load the dataset of a run from where datasets are cached here, once."""
+    """Load the dataset of a run from where datasets are cached here, once.
+
+    Raises:
+        ConfigError: if the pictures of a folder are not where they were.
+    """
     from gnbench.build import load_dataset
 
-    settings = run.plain()  # whose order does not matter to what is loaded
-    settings["dataset"] = {**settings["dataset"], "order": "shuffled", "block": None}
-    place = "root" if run.dataset.cache is None else "cache"  # beside one, the root is the user's
-    if getattr(run.dataset, place) is not None:
-        settings["dataset"] = {**settings["dataset"], place: config.root}
+    settings = run.plain()
+    changed: dict[str, Any] = {"order": "shuffled", "block": None}  # which do not matter to it
+    if run.dataset.cache is not None:  # the root is the user's own
+        root = config.pictures or run.dataset.root
+        if root is None or not Path(root).is_dir():
+            raise ConfigError(f"its pictures are not in {root}: say where, with pictures=DIR")
+        changed |= {"root": root, "cache": config.root}
+    elif run.dataset.root is not None:
+        changed |= {"root": config.root}
+    settings["dataset"] = {**settings["dataset"], **changed}
     here = RunConfig.parse(settings)
     key = repr(here.dataset)
     if key not in known:
@@ -231,43 +242,51 @@ def _csv(rows: list[Row]) -> bytes:
 
 
 def _described(study: Path, rows: list[Row]) -> str:
-    """Put the rows into a table: means over seeds, a line a norm (and what else differs) and size.
+    """Put the rows into tables, one a network: means over seeds, a line a norm and batch size.
 
     All but ``batch`` as taken over the images of the training; ``evaluations.csv`` has the rest.
     """
     import pandas as pd
 
-    from gnbench.aggregate.figure import line_label, sort_lines
-    from gnbench.aggregate.statistics import differing
     from gnbench.aggregate.study import read_study
 
     runs = read_study(study).finished
-    settings = differing(runs)
     table = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"images": str})
-    kept = ["run_id", "trained_images", "statistics", "images", "test_error"]
-    told_apart = runs[["run_id", "norm", "batch_size", *settings]]
-    table = sort_lines(told_apart.merge(table[kept]), settings)
     own = table["images"] == table["trained_images"].astype(str)
     table = table[own | table["statistics"].isin(["ema", "batch"])]
     table["column"] = table["statistics"].where(
         table["statistics"] != "batch", "batch " + table["images"]
     )
-    order = ["ema", "precise", "population", "evalnorm"]
-    columns = [name for name in order if name in set(table["column"])]
-    sizes = sorted({int(n) for n in table.loc[table["statistics"] == "batch", "images"]})
-    columns += [f"batch {size}" for size in sizes]
+    table["test_error"] = table["test_error"].astype(float)
+    of_network = table.groupby(["dataset", "model"], sort=False)
+    parts = [f"study {study.name}: test error in %, mean over seeds"]
+    for names, found in of_network:
+        if len(of_network) > 1:
+            parts.append(" ".join(map(str, names)))
+        parts.append(_table(found, runs[runs["run_id"].isin(found["run_id"])]))
+    return "\n".join(parts)
+
+
+def _table(rows: pd.DataFrame, runs: pd.DataFrame) -> str:
+    """Put the rows of a network into a table; its lines are told apart by what differs."""
+    from gnbench.aggregate.figure import line_label, sort_lines
+    from gnbench.aggregate.statistics import differing
+
+    settings = differing(runs)
+    told_apart = runs[["run_id", "norm", "batch_size", *settings]]
+    table = sort_lines(told_apart.merge(rows[["run_id", "column", "test_error"]]), settings)
+    found = set(table["column"])
+    columns = [name for name in ("ema", "precise", "population", "evalnorm") if name in found]
+    columns += sorted(found - {*columns}, key=lambda name: int(name.partition(" ")[2]))
     lines = []
     keys = ["norm", *settings, "batch_size"]
-    for _, own_rows in table.groupby(keys, dropna=False, sort=False):
-        errors = own_rows.assign(test_error=own_rows["test_error"].astype(float))
-        means = errors.groupby("column")["test_error"].mean()
-        first = own_rows.iloc[0]
-        found = [f"{means[name]:.2f}" if name in means else "–" for name in columns]
-        seeds = own_rows["run_id"].nunique()
-        lines.append([line_label(first, settings), first["batch_size"], seeds, *found])
-    return f"study {study.name}: test error in %, mean over seeds\n" + tabulate(
-        lines, ["", "batch size", "seeds", *columns], "plain", disable_numparse=True
-    )
+    for _, own in table.groupby(keys, dropna=False, sort=False):
+        means = own.groupby("column")["test_error"].mean()
+        first = own.iloc[0]
+        errors = [f"{means[name]:.2f}" if name in means else "–" for name in columns]
+        seeds = own["run_id"].nunique()
+        lines.append([line_label(first, settings), first["batch_size"], seeds, *errors])
+    return tabulate(lines, ["", "batch size", "seeds", *columns], "plain", disable_numparse=True)
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="evaluate")

@@ -22,6 +22,7 @@ from gnbench import files
 from gnbench.config import TrackerConfig
 
 LONGEST, MOST = 6000, 100  # MLflow: characters of a parameter, parameters of a call
+FINISH_SECONDS = 60.0  # that W&B may take to upload what is left at the end of a run
 
 Row = Mapping[str, Any]  # of metrics.csv; None where an epoch was not evaluated
 
@@ -178,6 +179,15 @@ class WandB(Tracker):
 
         if mode == "offline":  # which cannot go on with a run: all of it is written anew
             shutil.rmtree(run.run_dir / "wandb", ignore_errors=True)
+        settings = {
+            "console": "off",
+            "silent": True,
+            "disable_git": True,
+            "x_disable_stats": True,
+            "x_save_requirements": False,
+            "finish_timeout": FINISH_SECONDS,
+        }
+        known: Any = wandb.Settings  # older ones know no limit, and wait as long as it takes
         self._run = wandb.init(
             dir=run.run_dir,
             project=project,
@@ -189,13 +199,7 @@ class WandB(Tracker):
             mode=mode,
             resume="allow" if run.resumes and mode == "online" else None,
             reinit="create_new",
-            settings={
-                "console": "off",
-                "silent": True,
-                "disable_git": True,
-                "x_disable_stats": True,
-                "x_save_requirements": False,
-            },
+            settings={k: v for k, v in settings.items() if k in known.model_fields},
         )
         if not self._run.resumed:
             for row in run.rows:
@@ -206,7 +210,7 @@ class WandB(Tracker):
         self._run.log(_measured(row), step=row["epoch"])
 
     def close(self, record: Mapping[str, Any]) -> None:
-        """Write the result, and wait until all is written."""
+        """Write the result, and wait until all is written; online for FINISH_SECONDS at most."""
         self._run.summary.update({"status": record["status"], "result": record["result"]})
         failed = record["status"] not in ("completed", "diverged")
         self._run.finish(exit_code=int(failed))

@@ -241,6 +241,9 @@ def test_asked_for_too_late_it_says_so_and_gives_no_number(tiny_config, monkeypa
     assert again["printed_epoch"] == table(config)[-1]["best_epoch"]
     run(without)
     assert not RunDirectory(config.run_dir).as_published_path.exists()
+    assert "was trained without as_published" not in caplog.text
+    run(config)
+    assert f"{config.run_id} was trained without as_published; rerun=true" in caplog.text
 
 
 def test_an_older_record_has_no_such_setting(tiny_config):

@@ -1,5 +1,6 @@
 """The real commands in processes of their own, as a user types them."""
 
+import itertools
 import json
 import math
 import os
@@ -13,7 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from gnbench import datasets
 from gnbench.check import compose
 from gnbench.runs.runner import run
 from gnbench.sweep.account import objective
@@ -339,6 +342,17 @@ def mydata(root):
 """
 
 
+def pictures_of_fashion(root):
+    """Lay down real pictures of two classes, of mixed sizes and modes."""
+    dataset = datasets.fashion_mini()
+    modes = itertools.cycle(["L", "RGB", "RGBA", "P", "1"])
+    for label, name in ((0, "shirt"), (7, "sneaker")):
+        (root / name).mkdir(parents=True)
+        for number, image in enumerate(dataset.train_images[dataset.train_labels == label][:30]):
+            picture = Image.fromarray(image[:, :, 0].numpy()).convert(next(modes))
+            picture.resize((24 + number, 40 - number // 2)).save(root / name / f"{number}.png")
+
+
 @pytest.mark.slow
 def test_what_is_one_s_own_joins_the_installed_wheel(wheel, tmp_path):
     """The files of docs/extending.md as they stand there, and the network of a library."""
@@ -351,17 +365,21 @@ def test_what_is_one_s_own_joins_the_installed_wheel(wheel, tmp_path):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(textwrap.dedent(text))
     (tmp_path / "mylib.py").write_text(OWN)
-    small = ("dataset.train_size=40", "batch_size=20", "epochs=1", "progress=lines")
+    pictures_of_fashion(tmp_path / "pictures")
+    small = ("batch_size=20", "epochs=1", "progress=lines")
+    folder = ("dataset=folder", "dataset.root=pictures", "dataset.image=[3,32,32]")
     for choice in (
-        ("norm=mynorm", "model=mynet", "dataset=mydata"),
-        ("norm=mynorm", "model=torchvision", "dataset=fashion_mini"),
+        ("norm=mynorm", "model=mynet", "dataset=mydata", "dataset.train_size=40"),
+        ("norm=mynorm", "model=torchvision", "dataset=fashion_mini", "dataset.train_size=40"),
+        ("norm=gn", "model=torchvision", "model.arch=resnet18", *folder),
     ):
         command = ["-m", "gnbench", "--config-dir", "myconf", *choice, *small]
-        env = {**os.environ, "PYTHONPATH": str(wheel)}
+        env = {**os.environ, "PYTHONPATH": str(wheel), "GNBENCH_DATA": str(tmp_path / "data")}
         subprocess.run([sys.executable, *command], cwd=tmp_path, env=env, check=True)
     runs = sorted(path.parent.name.rpartition("-")[0] for path in tmp_path.rglob("model.pt"))
     assert runs == [
         "fashion_mini-tv_resnet18-mynorm-bs20-seed0",
+        "folder-tv_resnet18-gn-bs20-seed0",
         "mydata-mynet-mynorm-bs20-seed0",
     ]
 

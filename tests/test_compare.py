@@ -226,6 +226,36 @@ def test_the_last_epochs_interval_holds_seeds_and_images():
     assert found.mcnemar is None
 
 
+def test_only_networks_of_the_same_test_images_are_paired():
+    bits = np.random.default_rng(3).random((2, 1, 400)) > 0.2
+    for sets, paired in ((("one", "one"), True), (("one", "other"), False)):
+        cells = [
+            Cell(np.array([20.0]), correct=own, test_set=(name,))
+            for own, name in zip(bits, sets, strict=True)
+        ]
+        line = Line("GN", {2: cells[0]}, reference=Line("BN", {2: cells[1]}))
+        compare([line], None)
+        [found] = line.comparisons
+        assert (found.mcnemar is not None) == (found.final_difference is not None) == paired
+
+
+def test_the_test_images_are_known_by_their_dataset_and_split(tmp_path):
+    runs = study({"bn": {2: [20.0, 21.0]}}).assign(**{"dataset.test_images": 8})
+    for number in runs.index:
+        directory = RunDirectory(tmp_path / str(number))
+        directory.path.mkdir()
+        directory.save_correct(np.arange(8) < 6)
+        runs.loc[number, "directory"] = str(directory.path)
+    assert cell_of(runs).correct.tolist() == [[True] * 6 + [False] * 2] * 2
+    first, second = (
+        cell_of(runs.assign(**{"dataset.content": "abc", "dataset.split_seed": seed}))
+        for seed in (0, 1)
+    )
+    assert first.test_set != second.test_set
+    mixed = cell_of(runs.assign(**{"dataset.split_seed": range(len(runs))}))
+    assert mixed.correct is None
+
+
 def test_lines_are_compared_with_that_of_their_own_recipe():
     runs = study(
         {"bn": {2: 20 + SPREAD}, "gn": {2: 21 + SPREAD}},

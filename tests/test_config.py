@@ -262,6 +262,7 @@ BAD = {
     "dataset.image=[3,4,4]": "images of 4×4 pixels are too small for this network",
     "dataset.order=sorted": "order=sorted: choose one of shuffled, sorted_by_class, class_blocks",
     "dataset.order=class_blocks": "order=class_blocks dataset.block=None: class_blocks needs a bl",
+    "dataset.order=sorted_by_class batch=fixed_steps batch_size=48": "23,460 steps",
     "dataset.block=32": "dataset.order=shuffled dataset.block=32: class_blocks needs a block",
     "dataset.order=class_blocks dataset.block=0": "dataset.block=0: must be at least 1",
     "dataset.order=class_blocks dataset.block=50001": "dataset.block=50001: must be at most 50000",

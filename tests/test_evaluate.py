@@ -192,6 +192,7 @@ def settings(outputs, **more):
         "images": [2, 16, 64],
         "device": "cpu",
         "root": "unused",
+        "pictures": None,
     }
     return EvaluateConfig.parse(given | more)
 
@@ -233,6 +234,22 @@ def test_a_study_is_evaluated_once(study, tmp_path, capsys, monkeypatch):
     command.evaluate(settings(outputs))
     assert path.read_bytes() == whole
     assert capsys.readouterr().out.count("ema") == 1  # the heading
+
+
+def test_each_network_has_a_table_of_its_own(study, tmp_path, capsys):
+    outputs, runs = study
+    shutil.copytree(outputs, tmp_path / "outputs")
+    outputs = tmp_path / "outputs"
+    wide = runs["ghost"].with_(outputs=str(outputs))
+    wide = wide.with_(model={**wide.model.plain(), "name": "wide", "channels": [8, 8, 24]})
+    run(wide)
+    command.evaluate(settings(outputs, statistics=["ema"]))
+    lines = capsys.readouterr().out.splitlines()
+    heads = [i for i, line in enumerate(lines) if line in ("tiny simplenetv2", "tiny wide")]
+    assert len(heads) == 2
+    ghosts = [line.split()[-1] for line in lines if line.startswith("GHOST_BN")]
+    rows = table(outputs / "default" / "evaluations.csv")
+    assert ghosts == [f"{float(r['test_error']):.2f}" for r in rows if r["norm"] == "ghost_bn"]
 
 
 def test_what_was_interrupted_or_trained_again_is_completed(study, tmp_path, monkeypatch):

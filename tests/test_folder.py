@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -125,6 +126,16 @@ def test_a_split_takes_its_share_of_every_class_and_follows_from_its_seed(tmp_pa
     assert other.facts["test_files_sha256"] != dataset.facts["test_files_sha256"]
     half = loaded(root, "dataset.test_fraction=0.5")
     assert half.facts["pictures"] == {"train": [10, 5, 1], "test": [10, 5, 1]}
+
+
+def test_a_split_is_that_of_the_names_whatever_library_draws_numbers(tmp_path):
+    root = tree(tmp_path / "pictures", {"a": 10, "b": 10})
+    before = {gray % 10 for gray in grays(loaded(root).test_images) if gray < 10}
+    order = sorted(range(10), key=lambda i: hashlib.sha256(b"0 a/%03d.png" % i).digest())
+    assert before == {*order[:2]}
+    shutil.rmtree(root / "b")
+    tree(root, {"b": 5})
+    assert set(grays(loaded(root).test_images)) >= before  # what is in b moves none of a
 
 
 def test_the_test_pictures_are_not_sorted_by_class(tmp_path):
@@ -430,6 +441,7 @@ def test_a_damaged_cache_is_said_and_made_again(tmp_path, caplog, kind):
         arrays = {name: archive[name].copy() for name in archive.files}
     arrays[{"pictures": "images", "checksums": "checksums"}[kind]][0] ^= 1
     np.savez(path, **arrays)  # whole again by the checksums of zip
+    datasets._shared.cache_clear()  # another process
     assert torch.equal(loaded(root).train_images, first.train_images)
     assert f"{path} is damaged: it differs from what was written; set aside as" in caplog.text
 
@@ -464,6 +476,20 @@ def test_a_run_is_named_after_its_pictures_wherever_they_lie(tmp_path):
     after = config(here)
     assert after.dataset.train_images == before.dataset.train_images
     assert after.run_id != before.run_id
+
+
+def test_the_runs_of_a_process_share_their_pictures(tmp_path):
+    root = tree(tmp_path / "pictures", {"a": 4, "b": 4})
+    one, other = (datasets.load(config(root, f"batch_size={size}").dataset) for size in (1, 2))
+    assert one.train_images.data_ptr() == other.train_images.data_ptr()
+    tree(root, {"a": 5})
+    assert len(loaded(root).train_images) == 7
+
+
+def test_a_record_tells_where_its_pictures_lay(tmp_path, monkeypatch):
+    root = tree(tmp_path / "pictures", {"a": 4, "b": 4})
+    monkeypatch.chdir(tmp_path)
+    assert config(root, "dataset.root=pictures").plain()["dataset"]["root"] == str(root)
 
 
 def test_a_record_tells_the_run_without_its_pictures(tmp_path):
@@ -540,7 +566,7 @@ def test_measured_is_what_float64_gives():
 
 
 @pytest.mark.slow
-def test_the_command_trains_on_a_folder(cli, tmp_path):
+def test_the_command_trains_on_a_folder(cli, tmp_path, capsys):
     root = tree(tmp_path / "pictures", {"a": 12, "b": 6})
     (root / "b" / "broken.jpg").write_text("not a picture")
     choices = ("dataset=folder", "dataset.root=pictures", "dataset.image=[3,8,8]", "norm=bn")
@@ -558,9 +584,12 @@ def test_the_command_trains_on_a_folder(cli, tmp_path):
     assert len(facts["mean"]) == len(facts["std"]) == 3
     # Its network is evaluated on the pictures where they lie, in any cache.
     config = {"outputs": str(tmp_path / "outputs"), "study": None, "statistics": ["ema"]}
-    config |= {"images": [2], "device": "cpu", "root": str(tmp_path / "other")}
-    with pytest.MonkeyPatch.context() as here:
-        here.chdir(tmp_path)
-        assert evaluate(EvaluateConfig.parse(config))
+    config |= {"images": [2], "device": "cpu", "root": str(tmp_path / "other"), "pictures": None}
+    root.rename(tmp_path / "moved")
+    assert not evaluate(EvaluateConfig.parse(config))
+    assert (
+        f"its pictures are not in {root}: say where, with pictures=DIR" in capsys.readouterr().out
+    )
+    assert evaluate(EvaluateConfig.parse(config | {"pictures": str(tmp_path / "moved")}))
     [row] = csv.DictReader((path.parents[1] / "evaluations.csv").read_text().splitlines())
     assert float(row["test_error"]) == record["result"]["test_error_final"]

@@ -246,6 +246,7 @@ def test_every_tracker_can_be_chosen(small_config, option):
         (["tracker=mlflow", "tracker.uri=[1]"], r"tracker.uri=\[1\]: must be of type str"),
         (["tracker=mlflow", "~tracker.uri"], "tracker=mlflow: missing a required argument: 'uri'"),
         (["tracker._target_=collections.ChainMap"], "collections.ChainMap has no log, close"),
+        (["tracker=mlflow", "tracker.uri=https://me:secret@host"], "^tracker.uri names a user or"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

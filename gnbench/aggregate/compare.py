@@ -25,6 +25,8 @@ Numbers = npt.NDArray[np.float64]
 
 CONFIDENCE = 0.95
 POWER = 0.80  # with which the smallest detectable difference is found
+# The settings of a dataset that say which its test images are.
+TEST_SET = ("name", "_target_", "content", "test_fraction", "split_seed", "test_images")
 DIFFERENT_SPREADS = 0.05  # p of Levene's test below which the pooling is warned of
 
 
@@ -32,12 +34,14 @@ DIFFERENT_SPREADS = 0.05  # p of Levene's test below which the pooling is warned
 class Cell:
     """The runs of a line at a batch size: their test errors in percent, a seed each.
 
-    ``correct`` (seeds × test images, bool) is what the networks of the last epoch got right.
+    ``correct`` (seeds × test images, bool) is what the networks of the last epoch got right, and
+    ``test_set`` says of which images: only where it is the same are two cells paired.
     """
 
     errors: Numbers
     diverged: bool = False
     correct: npt.NDArray[np.bool_] | None = None
+    test_set: tuple[str, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -206,7 +210,7 @@ def _compared(
         found.ci_low, found.ci_high = found.difference - half, found.difference + half
         found.p = 2 * float(stdtr(pooled.freedom, -abs(found.difference) / found.error))
     one, two = cell.correct, other.correct
-    if one is None or two is None or one.shape[1] != two.shape[1]:
+    if one is None or two is None or cell.test_set != other.test_set:
         return found
     final, other_final = of_last_epoch(one), of_last_epoch(two)
     found.final_difference = final.mean - other_final.mean
@@ -337,18 +341,20 @@ def undecided(x: Numbers, d: Numbers, v: Numbers, quantile: float) -> list[tuple
 def cell_of(runs: pd.DataFrame) -> Cell:
     """Return the cell of finished runs (rows of ``results.csv``), with what they got right.
 
-    ``correct.npy`` counts only if every run of the cell has one for equally many images.
+    ``correct.npy`` counts only if every run of the cell has one, and all of the same test images.
     """
-    correct = []
+    chosen = runs.reindex(columns=[f"dataset.{key}" for key in TEST_SET]).astype(str)
+    correct, test_sets = [], {*chosen.itertuples(index=False, name=None)}
     for _, row in runs.iterrows():
         try:
             path = Path(row["directory"], "correct.npy")
             correct.append(read_correct(path, int(row["dataset.test_images"])))
         except (OSError, DamagedError, LookupError, TypeError, ValueError):
             break  # of an older version, or damaged
-    whole = len(correct) == len(runs) and len({len(bits) for bits in correct}) == 1
+    whole = len(correct) == len(runs) and len(test_sets) == 1
     return Cell(
         runs["test_error"].to_numpy(float),
         bool((runs["status"] == "diverged").any()),
         np.stack(correct) if whole else None,
+        next(iter(test_sets)) if whole else (),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import logging
 import math
 import re
@@ -67,7 +68,7 @@ def load(settings: DatasetConfig) -> Dataset:
         wanted = inspect.signature(function).parameters
         if "train_size" in wanted:
             given = {key: getattr(settings, key) for key in wanted if hasattr(settings, key)}
-            found = function(**given)
+            found = _shared(function, json.dumps(given))
             dataset = _converted(found)
             _check(dataset, settings, settings.images)
             if settings.validation_size is not None:
@@ -237,6 +238,11 @@ def _measured(dataset: Dataset, settings: DatasetConfig) -> Dataset:
 @functools.lru_cache(maxsize=4)
 def _returned(function: Callable[[str | None], Any], root: str | None) -> Dataset:
     return _converted(function(root))
+
+
+@functools.lru_cache(maxsize=1)  # they can be as large as the memory
+def _shared(function: Callable[..., Any], given: str) -> Any:
+    return function(**json.loads(given))
 
 
 def _converted(found: Any) -> Dataset:

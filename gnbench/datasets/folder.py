@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 # Those of torchvision's ImageFolder, in small letters or capitals.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 TRAIN, TEST = "train", ("test", "val", "valid", "validation")  # the first that has classes counts
-MIXING = 0  # seed of the order of the test pictures
 DECODING = 1  # goes up when the same picture is to give other pixels
 NAMED = 5  # of a list in a message; the log names all unreadable pictures
 SECONDS_A_LINE = 10.0
@@ -122,8 +121,7 @@ def load(
         )
     train, held = _chosen(listing.train, train_size, validation_size)
     # Mixed: a norm may take its statistics over test images that follow each other.
-    mixed = np.random.default_rng(MIXING).permutation(len(listing.test))
-    test = [listing.test[i] for i in mixed]
+    test = _shuffled(listing.test)
     pictures = [*train, *held, *test]
     decoded = _decoded(Path(root).expanduser(), pictures, image, content, Path(cache))
     sizes = [len(train), len(held), len(test)]
@@ -404,9 +402,16 @@ def _split(
                 "training and test; add some, or make folders train and test"
             )
         count = min(max(round(fraction * len(own)), 1), len(own) - 1)
-        order = np.random.default_rng([seed, label]).permutation(len(own))
-        test.update(own[i] for i in order[:count])
+        test.update(_shuffled(own, seed)[:count])
     return [p for p in pictures if p not in test], [p for p in pictures if p in test]
+
+
+def _shuffled(pictures: Sequence[Picture], seed: int = 0) -> list[Picture]:
+    """Put pictures into the order of the SHA-256 of seed and name.
+
+    No library that draws numbers can change it, and what is added moves none of the others.
+    """
+    return sorted(pictures, key=lambda p: hashlib.sha256(b"%d " % seed + _bytes(p.name)).digest())
 
 
 # Decoding.
