@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import time
-from contextlib import suppress
 from types import SimpleNamespace
 
 import pandas as pd
@@ -338,12 +337,30 @@ def first_candidate(process):
     raise AssertionError(process.communicate())
 
 
-def wait_for_the_end(group):
-    """A killed candidate's data workers notice within seconds."""
-    with suppress(ProcessLookupError):
-        while True:
-            os.killpg(group, 0)
-            time.sleep(0.1)
+def wait_for_the_end(*chosen):
+    """Wait until none of the processes that ``ps`` finds so is there, zombies aside."""
+    while True:
+        command = ["ps", *chosen, "-o", "stat="]
+        states = subprocess.run(command, capture_output=True, text=True).stdout.split()
+        if all(state.startswith("Z") for state in states):
+            return
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_data_workers_that_notice_nothing_end_with_their_candidate():
+    run = compose(*tiny.OVERRIDES, "epochs=1000000")
+    team = [worker.Processes(Candidate("plain", "fp32"), run, threads=1)]
+    [candidate] = multiprocessing.active_children()
+    try:
+        command = ["ps", "--ppid", str(candidate.pid), "-o", "pid="]
+        data_workers = subprocess.run(command, capture_output=True, text=True).stdout.split()
+        assert data_workers
+        for pid in data_workers:
+            os.kill(int(pid), signal.SIGSTOP)
+    finally:
+        worker.end(team)
+    wait_for_the_end("--pid", ",".join(data_workers))
 
 
 @pytest.mark.slow
@@ -370,7 +387,7 @@ def test_ctrl_c_ends_all_processes_and_keeps_what_was_measured(tmp_path):
     _, err = process.communicate()
     assert (process.returncode, err) == (130, "")
     assert set(pd.read_csv(results)["batch_size"]) == {8}
-    wait_for_the_end(process.pid)
+    wait_for_the_end("--sid", str(process.pid))
 
 
 @pytest.mark.slow
@@ -379,4 +396,4 @@ def test_no_process_outlives_a_command_that_is_killed(tmp_path):
     first_candidate(process)
     process.kill()
     process.communicate()
-    wait_for_the_end(process.pid)
+    wait_for_the_end("--sid", str(process.pid))

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,13 @@ class Processes:
     ) -> None:
         self.candidate = candidate
         context = multiprocessing.get_context("spawn")
-        deaf = (signal.SIGINT, signal.SIG_IGN)
-        self.executors = [
-            ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=deaf)
-            for _ in range(candidate.runs)
-        ]
+        self.executors = [ProcessPoolExecutor(1, context) for _ in range(candidate.runs)]
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for those begun now
+        try:
+            for executor in self.executors:
+                executor.submit(lead)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.call(start, candidate, config, threads, state, time.time())
 
     def call(self, function: Callable[..., Any], *arguments: object) -> list[Any]:
@@ -77,6 +80,9 @@ def end(team: Iterable[Processes]) -> None:
             executor.shutdown(wait=False, cancel_futures=True)
     for child in multiprocessing.active_children():
         child.join(1)
+        assert child.pid
+        with suppress(ProcessLookupError):  # it does not lead a group yet, or all have ended
+            os.killpg(child.pid, signal.SIGKILL)
         child.kill()
         child.join()
 
@@ -85,6 +91,14 @@ def end(team: Iterable[Processes]) -> None:
 
 _loop: PlainLoop | EngineLoop
 _startup_seconds: float
+
+
+def lead() -> None:
+    """Lead a process group, with which the data workers of this process can be ended.
+
+    One that is forked as its parent dies would not notice, and wait for ever.
+    """
+    os.setpgid(0, 0)
 
 
 def start(
@@ -145,7 +159,7 @@ def _end_with_parent() -> None:
     """End this process if the command was killed: an executor would wait for work forever."""
     if parent := multiprocessing.parent_process():
         parent.join()
-        os._exit(1)
+        os.killpg(0, signal.SIGKILL)
 
 
 class EngineLoop:
