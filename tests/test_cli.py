@@ -99,6 +99,7 @@ def test_a_failing_cell_is_recorded_and_the_sweep_goes_on(cli, tmp_path):
     assert "Traceback" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_home_directory_is_no_folder_of_its_name(cli, tmp_path):
     here = tmp_path / "here"
     here.mkdir()
@@ -384,6 +385,7 @@ def test_what_is_one_s_own_joins_the_installed_wheel(wheel, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_line_is_named_on_the_command_line_as_the_verdict_says(cli, tmp_path):
     small = (*tiny.OVERRIDES, *tiny.SMALL, "epochs=1", "norm=ghost_bn")
     for images in (2, 8):

@@ -306,21 +306,26 @@ def test_nothing_is_evaluated_if_one_of_the_studies_cannot_be(study, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("more", "words"),
     [
-        (["images=[0]"], "images[0]=0: must be at least 1"),
-        (["statistics=[emma]"], "statistics[0]=emma: choose one of ema, precise"),
-        (["statistics=[]"], "statistics=[]: must be a list of 1"),
-        (["study=nothing"], "study=nothing: no runs in"),
+        ({"images": [0]}, r"^images\[0\]=0: must be at least 1$"),
+        ({"statistics": ["emma"]}, r"^statistics\[0\]=emma: choose one of ema, precise.*$"),
+        ({"statistics": []}, r"^statistics=\[\]: must be a list of 1$"),
+        ({"study": "nothing"}, "^study=nothing: no runs in .*$"),
     ],
 )
-def test_bad_input_is_one_line(study, cli, overrides, words):
+def test_bad_input_is_one_line(study, more, words):
     outputs, _ = study
-    done = cli(f"outputs={outputs}", *overrides, module="gnbench.evaluate")
-    assert done.returncode == 2
-    [line] = done.stderr.splitlines()
-    assert words in line
+    with pytest.raises(ConfigError, match=words):
+        command.evaluate(settings(outputs, **more))
     assert not (outputs / "default" / "evaluations.csv").exists()
+
+
+def test_the_command_refuses_it_before_anything_is_written(study, cli, tmp_path):
+    outputs, _ = study
+    done = cli(f"outputs={outputs}", "images=[0]", module="gnbench.evaluate", check=2)
+    assert done.stderr == "gnbench: images[0]=0: must be at least 1\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_table_of_something_else_is_not_overwritten(study, tmp_path):

@@ -332,7 +332,10 @@ def test_parts_of_one_s_own_and_a_name_that_yaml_takes_for_true(call, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["norm._target_=tests.hostile.leave"], ["-m", "norm=bn,gn", "norm.num_groups=8"]],
+    [
+        ["norm._target_=tests.hostile.leave"],
+        pytest.param(["-m", "norm=bn,gn", "norm.num_groups=8"], marks=pytest.mark.slow),
+    ],
     ids=lambda arguments: arguments[-1],
 )
 def test_the_real_command_does_as_the_forks_do(cli, tmp_path, arguments):
