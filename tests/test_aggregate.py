@@ -13,7 +13,7 @@ from gnbench.aggregate.__main__ import describe, write_studies
 from gnbench.aggregate.figure import STYLES, draw_curves, draw_errors, save
 from gnbench.aggregate.statistics import differing, summarize
 from gnbench.aggregate.study import CELL, published, read_metrics, read_runs, read_study
-from gnbench.check import composed
+from gnbench.composition import composed
 from gnbench.config import RunConfig, run_id
 from gnbench.runs.directory import METRICS, RunDirectory
 from tests.conftest import ROOT
