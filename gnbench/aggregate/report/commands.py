@@ -66,6 +66,8 @@ def overrides(config: Mapping[str, Any]) -> list[str]:
     ]
     words = [*words, f"epochs={config['epochs']}"]
     try:
+        if repeats(config, words):
+            return words
         base = _flat(_settings(*words))
     except ConfigError:
         return words

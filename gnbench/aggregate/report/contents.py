@@ -5,6 +5,7 @@ All that is a statistic is computed here, by the same functions as the tables of
 
 from __future__ import annotations
 
+import colorsys
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,16 @@ from typing import Any, cast
 import pandas as pd
 from matplotlib.colors import to_hex, to_rgb
 
-from gnbench.aggregate.figure import is_beside, line_label, source_of, styled_lines, x_axis
+from gnbench.aggregate.figure import (
+    LINES,
+    MORE_STYLES,
+    STYLES,
+    is_beside,
+    line_label,
+    source_of,
+    styled_lines,
+    x_axis,
+)
 from gnbench.aggregate.report.runs import MEASURED, runs_table
 from gnbench.aggregate.statistics import settings_of, summarize
 from gnbench.aggregate.study import CELL, Study, all_published, read_metrics
@@ -24,6 +34,7 @@ from gnbench.runs.directory import FINISHED
 SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down"}
 SYMBOLS |= {"X": "x", "P": "cross", "*": "star", "h": "hexagon"}
 DASHES = {"-": "solid", "--": "dash", "-.": "dashdot", ":": "dot"}
+HUES = [*[*STYLES.values()][2:5], *MORE_STYLES, *STYLES.values()]  # those of BN and GN come late
 # What can be drawn: column, name, name at its axis, whether its interval is pooled over cells.
 METRICS = (
     ("test_error", "test error, median of the last five epochs (%)", "test error (%)", True),
@@ -155,24 +166,27 @@ class _Lines:
         table = pd.DataFrame({"norm": norms, "batch_size": 1, "line": range(len(norms))})
         styles: dict[int, dict[str, str]] = {}
         labels = [label for _, label in self.numbers]
-        for rows, _, style in styled_lines(table, ["line"], set(norms)) if norms else ():
+        drawn = styled_lines(table, ["line"], set(norms)) if norms else ()
+        for rows, _, style in drawn:
             number = int(rows["line"].iloc[0])
+            if len(set(norms)) == 1 and len(norms) > len(LINES):  # hues are free: no shades of one
+                colour, marker = HUES[number % len(HUES)]
+                style |= {"color": colour, "marker": marker}
             styles[number] = {
                 "label": labels[number],
                 "colour": to_hex(style["color"]),
-                "dark": _lighter(style["color"]),
+                "dark": _for_dark(style["color"]),
                 "symbol": SYMBOLS[style["marker"]],
                 "dash": DASHES[style["linestyle"]],
             }
         return [styles[number] for number in sorted(styles)]
 
 
-def _lighter(colour: str) -> str:
-    """Return a colour that stands out on a dark page."""
-    parts = [0.62 * part + 0.38 for part in to_rgb(colour)]
-    if max(parts) - min(parts) < 0.01:  # gray: black would stay dark
-        parts = [0.88 - 0.3 * to_rgb(colour)[0]] * 3
-    return to_hex((parts[0], parts[1], parts[2]))
+def _for_dark(colour: str) -> str:
+    """Return a colour for a dark page: the hue kept, dark shades made light and light ones dark."""
+    hue, lightness, saturation = colorsys.rgb_to_hls(*to_rgb(colour))
+    lightness = min(0.88, 0.78 - 0.4 * (lightness - 0.3) / 0.6)
+    return to_hex(colorsys.hls_to_rgb(hue, lightness, saturation))
 
 
 def _setting(one: Shown) -> str | None:

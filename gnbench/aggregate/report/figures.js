@@ -33,6 +33,12 @@ function savePicture(plot) {
   Plotly.downloadImage({ data: plot.data, layout }, { format: "svg", width: 720, height: 560, filename: "gnbench" });
 }
 
+// The lines of a figure that are told apart by more than what the boxes name.
+function withLegend(layout) {
+  if (chosen("axis") !== "setting") return layout;
+  return { ...layout, showlegend: true, legend: { orientation: "h", y: -0.2 } };
+}
+
 function layoutOf(title, x, y) {
   const axis = { gridcolor: style("grid"), zeroline: false, linecolor: style("grid"), automargin: true };
   return {
@@ -129,10 +135,10 @@ function axisName(axis) {
   return data.studies[data.panels[shownPanels()[0]].study].setting;
 }
 
-function groupsOf(cells) {
+function groupsOf(cells, lineOfCell) {
   const groups = new Map();
   for (const cell of cells) {
-    const line = lineOf(cell);
+    const line = lineOfCell(cell);
     groups.set(line, [...(groups.get(line) ?? []), cell]);
   }
   return groups;
@@ -205,6 +211,21 @@ function baselineTraces(panel, metric, span) {
     });
 }
 
+// A run that diverged errs so much that nothing else could be told apart: its cell may lie outside.
+function frameOf(cells, metric, others, notes) {
+  const diverged = cells.filter((cell) => cell.diverged);
+  const sound = cells.filter((cell) => !cell.diverged);
+  if (!diverged.length || !sound.length) return {};
+  const values = [...others, ...sound.flatMap((cell) => cell.m[metric])].filter((value) => value !== null);
+  if (chosen("seeds")) values.push(...sound.flatMap((cell) => seedValues(cell, metric)).filter(Number.isFinite));
+  const [low, high] = [Math.min(...values), Math.max(...values)];
+  const pad = 0.08 * (high - low) || 1;
+  const outside = diverged.filter((cell) => cell.m[metric][0] > high + pad || cell.m[metric][0] < low - pad);
+  const names = outside.map((cell) => `${data.lines[cell.line].label} at ${cell.size} (${cell.m[metric][0].toFixed(2)})`);
+  if (names.length) notes.add(`Outside the frame, since runs diverged: ${names.join("; ")}.`);
+  return { range: [low - pad, high + pad] };
+}
+
 function drawFigure() {
   const [axis, metric] = [chosen("axis"), chosen("metric")];
   const name = metricOf(metric)?.name ?? "";
@@ -225,7 +246,7 @@ function drawFigure() {
     const traces = [...baselineTraces(panel, metric, exact ? span : []), ...(overlaid ? publishedTraces(panel, span) : [])];
     if (traces.length) notes.add("Dashed or dotted gray: the baseline.");
     if (published.length) notes.add(`Hollow: ${[...new Set(published.filter((s) => s.norm).map((s) => s.label))].join("; ")}.`);
-    for (const [line, own] of groupsOf(cells)) {
+    for (const [line, own] of groupsOf(cells, lineOf)) {
       own.sort((a, b) => (axis === "setting" ? a.x.setting - b.x.setting : a.size - b.size));
       traces.push(...tracesOf(data.lines[line], own, axis, metric, colourOf(data.lines[line])));
       for (const cell of own) {
@@ -234,7 +255,9 @@ function drawFigure() {
       }
     }
     const title = panelTitle(panel);
-    return { title: `${title}: ${name} against ${axisName(axis)}`, traces, layout: layoutOf(title, x, { title: metricOf(metric).short }) };
+    const others = traces.filter((trace) => trace.mode === "lines" || trace.marker?.symbol?.endsWith("-open"));
+    const frame = frameOf(cells, metric, others.flatMap((trace) => (trace.fill ? [] : trace.y)), notes);
+    return { title: `${title}: ${name} against ${axisName(axis)}`, traces, layout: layoutOf(title, x, { ...frame, title: metricOf(metric).short }) };
   });
   const note = putPlots("figure", plots, "No run is finished: there is nothing to draw.");
   const short = plots.length ? metricOf(metric).short.replace(" (%)", "") : "error";
@@ -251,23 +274,24 @@ function drawMemory() {
   const [axis, metric] = [chosen("held"), chosen("metric")];
   const name = metricOf(metric)?.name ?? "";
   const rows = [];
+  const notes = new Set();
   const plots = (axis ? shownPanels() : []).flatMap((number) => {
     const cells = cellsOf(number).filter((cell) => cell.m[metric] && positionOf(cell, axis) !== null);
     if (!cells.length) return [];
     const title = panelTitle(data.panels[number]);
-    const traces = [...groupsOf(cells)].map(([line, own]) => {
+    const traces = [...groupsOf(cells, (cell) => cell.line)].map(([line, own]) => {
       const colour = colourOf(data.lines[line]);
-      const [, trace] = [null, tracesOf(data.lines[line], own, axis, metric, colour).at(-1)];
+      const trace = tracesOf(data.lines[line], own, axis, metric, colour).at(-1);
       const labels = own.map((cell) => String(cell.size));
-      return { ...trace, mode: "lines+markers+text", hovertext: trace.text, text: labels, textposition: "top center", hovertemplate: "%{hovertext}<extra></extra>" };
+      return { ...trace, error_y: undefined, mode: "lines+markers+text", hovertext: trace.text, text: labels, textposition: "top center", hovertemplate: "%{hovertext}<extra></extra>" };
     });
     for (const cell of cells)
       rows.push([title, data.lines[cell.line].label, cell.size, Number(positionOf(cell, axis).toPrecision(4)), cell.m[metric][0]]);
     const x = logAxis(cells.map((cell) => positionOf(cell, axis)), AXES[axis]);
-    return [{ title: `${title}: ${name} against ${AXES[axis]}`, traces, layout: layoutOf(title, x, { title: metricOf(metric).short }) }];
+    return [{ title: `${title}: ${name} against ${AXES[axis]}`, traces, layout: withLegend(layoutOf(title, x, { ...frameOf(cells, metric, [], notes), title: metricOf(metric).short })) }];
   });
   const note = putPlots("memory", plots, "No memory is recorded for these runs; python -m gnbench.memory measures it.");
-  if (plots.length) note.textContent = "At each point stands its batch size. To the left and below is better.";
+  if (plots.length) note.textContent = `At each point stands its batch size. To the left and below is better. ${[...notes].join(" ")}`;
   putTable("memory", `${name} and memory`, ["network", "line", "batch size", AXES[axis], "mean"], rows);
 }
 
@@ -297,7 +321,7 @@ function drawCurves() {
     const cells = cellsOf(number).filter((cell) => cell.size === size);
     const traces = cells.flatMap((cell) => curvesOf(cell, curve, over));
     if (!traces.length) return [];
-    const layout = layoutOf(`${title}, batch size ${size}`, { title: names[over] }, { title: option });
+    const layout = withLegend(layoutOf(`${title}, batch size ${size}`, { title: names[over] }, { title: option }));
     if (curve === "test_error" && chosen("target") !== "")
       layout.shapes = [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: target, y1: target, line: { color: style("faint"), dash: "dot", width: 1 } }];
     return [{ title: `${title}, batch size ${size}: ${option} over ${names[over]}`, traces, layout }];

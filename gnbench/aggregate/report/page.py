@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from gnbench import files
-from gnbench.aggregate.figure import line_label, source_of
+from gnbench.aggregate.figure import is_beside, line_label, source_of
 from gnbench.aggregate.report.answer import Leader, bytes_held, leaders, mebibytes, memory
 from gnbench.aggregate.report.commands import commands
 from gnbench.aggregate.report.contents import Look, Shown, contents
@@ -104,9 +104,15 @@ def _answers(one: Shown) -> str:
         label = _label(row, one)
         cells[str(row["dataset"]), str(row["model"]), label, int(row["batch_size"])] = runs
     return "".join(
-        _answer(key, leaders(panel, one.look.registered), cells)
-        for key, panel in one.panels.items()
+        _answer(key, leaders(panel, one.look.registered), cells) for key, panel in _panels(one)
     )
+
+
+def _panels(one: Shown) -> list[tuple[tuple[str, str], Panel]]:
+    """Return the panels of a study, the baseline last."""
+    rows = one.summary[is_beside(one.summary, one.look.baseline)]
+    beside = set(zip(rows["dataset"], rows["model"], strict=True))
+    return sorted(one.panels.items(), key=lambda item: item[0] in beside)
 
 
 def _label(row: Any, one: Shown) -> str:
@@ -196,7 +202,7 @@ def _mark(leader: Leader) -> str:
 
 def _verdict(one: Shown) -> str:
     parts = []
-    for (dataset, model), panel in one.panels.items():
+    for (dataset, model), panel in _panels(one):
         said = panel.sentences() or ["One line: nothing is compared."]
         items = "".join(f"<li>{escape(text)}</li>" for text in said)
         parts.append(f"<h4>{escape(f'{dataset}, {model}')}</h4><ul>{items}</ul>")

@@ -28,7 +28,7 @@ function makeTable(caption, heads, rows) {
   }
   table.append(title, head, body);
   const frame = document.createElement("div");
-  frame.className = "wide";
+  frame.className = rows.length > 20 ? "wide tall" : "wide";
   frame.tabIndex = 0;
   frame.setAttribute("role", "region");
   frame.setAttribute("aria-label", caption);
@@ -64,7 +64,7 @@ function shownRuns() {
     return words.every((word) => text.includes(word));
   });
   const column = columns.find((one) => one.key === sorting.column);
-  if (column === undefined) return runs;
+  if (column === undefined) return runs.sort((a, b) => compareValues(id[a], id[b]));
   const sign = sorting.descending ? -1 : 1;
   return runs.sort((a, b) => {
     const [x, y] = [valueOf(column, a), valueOf(column, b)];
