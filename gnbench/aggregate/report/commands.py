@@ -86,7 +86,7 @@ def repeats(config: Mapping[str, Any], words: Sequence[str]) -> bool:
         return False
 
 
-@functools.lru_cache(16)
+@functools.lru_cache(64)
 def _settings(*words: str) -> dict[str, Any]:
     return all_settings(RunConfig.parse(composed(*words)).plain())
 

@@ -27,13 +27,14 @@ from gnbench.aggregate.figure import (
 )
 from gnbench.aggregate.report.runs import MEASURED, runs_table
 from gnbench.aggregate.statistics import settings_of, summarize
-from gnbench.aggregate.study import CELL, Study, all_published, read_metrics
+from gnbench.aggregate.study import CELL, RECORD, Study, all_published, read_metrics
 from gnbench.aggregate.verdict import Panel, panels
 from gnbench.runs.directory import FINISHED
 
 SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down"}
 SYMBOLS |= {"X": "x", "P": "cross", "*": "star", "h": "hexagon"}
 DASHES = {"-": "solid", "--": "dash", "-.": "dashdot", ":": "dot"}
+RECORDED = set(RECORD)
 HUES = [*[*STYLES.values()][2:5], *MORE_STYLES, *STYLES.values()]  # those of BN and GN come late
 # What can be drawn: column, name, name at its axis, whether its interval is pooled over cells.
 METRICS = (
@@ -245,12 +246,13 @@ def _add_study(
 def _values(one: Shown) -> list[dict[str, list[Any]]]:
     """Return for every row of the summary mean, low and high of every metric."""
     collected: list[dict[str, list[Any]]] = [{} for _ in range(len(one.summary))]
+    runs = one.runs[[*RECORDED.intersection(one.runs), *settings_of(one.summary)]]
     for name, _, _, pooled in METRICS:
         numbers = one.column(name)
         if numbers[one.finished.index].isna().all():
             continue
         # What `summarize` says of the test error, it says of whatever stands in its place.
-        summary = summarize(one.runs.assign(test_error=numbers))
+        summary = summarize(runs.assign(test_error=numbers))
         low, high = ("pooled_low", "pooled_high") if pooled else ("ci_low", "ci_high")
         for values, (_, row) in zip(collected, summary.iterrows(), strict=True):
             entry = [figures(row[c], 6) for c in ("test_error_mean", low, high)]

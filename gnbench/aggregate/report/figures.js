@@ -36,7 +36,7 @@ function savePicture(plot) {
 // The lines of a figure that are told apart by more than what the boxes name.
 function withLegend(layout) {
   if (chosen("axis") !== "setting") return layout;
-  return { ...layout, showlegend: true, legend: { orientation: "h", y: -0.2 } };
+  return { ...layout, showlegend: true, legend: { orientation: "h", y: -0.3 } };
 }
 
 function layoutOf(title, x, y) {
@@ -388,7 +388,7 @@ function drawEvaluations() {
     const title = `${data.lines[cell.line].label}, batch size ${cell.size}`;
     const layout = layoutOf(title, logAxis(values, "images whose statistics are taken together", [...new Set(values)]), { title: "test error (%)" });
     layout.showlegend = true;
-    layout.legend = { orientation: "h", y: -0.22 };
+    layout.legend = { orientation: "h", y: -0.3 };
     plots.push({ title: `${title}: test error by the statistics at evaluation`, traces, layout });
   }
   putPlots("evaluations", plots, "");
