@@ -231,16 +231,17 @@ function drawFigure() {
   const name = metricOf(metric)?.name ?? "";
   const rows = [];
   const notes = new Set();
-  const plots = shownPanels().map((number) => {
+  const plots = shownPanels().flatMap((number) => {
     const panel = data.panels[number];
     const cells = cellsOf(number).filter((cell) => cell.m[metric] && positionOf(cell, axis) !== null);
+    if (!cells.length) return [];
     const overlaid = chosen("published") && axis === "size" && metric.startsWith("test_error");
     const published = overlaid ? panel.published : [];
     const ticks = new Set(cells.map((cell) => positionOf(cell, axis)));
     for (const series of published) for (const size of series.batch_size ?? []) ticks.add(size);
     const values = [...ticks];
     const exact = ["size", "setting"].includes(axis);
-    const x = values.length ? logAxis(values, axisName(axis), exact ? values : undefined) : { title: axisName(axis) };
+    const x = logAxis(values, axisName(axis), exact ? values : undefined);
     if (exact && chosen("order") === "descending" && x.range) x.range.reverse();
     const span = x.range ? x.range.map((power) => 10 ** power) : [];
     const traces = [...baselineTraces(panel, metric, exact ? span : []), ...(overlaid ? publishedTraces(panel, span) : [])];
@@ -257,9 +258,11 @@ function drawFigure() {
     const title = panelTitle(panel);
     const others = traces.filter((trace) => trace.mode === "lines" || trace.marker?.symbol?.endsWith("-open"));
     const frame = frameOf(cells, metric, others.flatMap((trace) => (trace.fill ? [] : trace.y)), notes);
-    return { title: `${title}: ${name} against ${axisName(axis)}`, traces, layout: layoutOf(title, x, { ...frame, title: metricOf(metric).short }) };
+    const layout = layoutOf(title, x, { ...frame, title: metricOf(metric).short });
+    return [{ title: `${title}: ${name} against ${axisName(axis)}`, traces, layout }];
   });
-  const note = putPlots("figure", plots, "No run is finished: there is nothing to draw.");
+  const why = data.cells.length ? "This is not recorded, or no line is switched on" : "No run is finished";
+  const note = putPlots("figure", plots, `${why}: there is nothing to draw.`);
   const short = plots.length ? metricOf(metric).short.replace(" (%)", "") : "error";
   element("figure-title").textContent = `${short[0].toUpperCase()}${short.slice(1)} against ${axisName(axis)}`;
   if (plots.length) {

@@ -66,13 +66,13 @@ function lineOf(cell) {
   return chosen("axis") === "setting" && cell.joined !== null ? cell.joined : cell.line;
 }
 
-function offerPanels() {
+function offerPanels(selected) {
   const study = chosen("study");
   const of = data.panels
     .map((panel, i) => [String(i), panel])
     .filter(([, panel]) => study === "all" || String(panel.study) === study);
   const single = of.map(([i, panel]) => [i, panelTitle(panel)]);
-  offer("panel", single.length === 1 ? single : [["all", "all"], ...single], chosen("panel"));
+  offer("panel", single.length === 1 ? single : [["all", "all"], ...single], selected);
 }
 
 function offerAxes() {
@@ -214,8 +214,8 @@ function recallChoices() {
   }
 }
 
-function offerEverything() {
-  offerPanels();
+function offerEverything(panel) {
+  offerPanels(panel);
   offerAxes();
   offerLines();
   offerSizes();
@@ -251,7 +251,8 @@ function start() {
   for (const control of controls()) {
     const typed = control.tagName === "INPUT" && control.type !== "checkbox";
     control.addEventListener(typed ? "input" : "change", () => {
-      if (["study", "panel"].includes(control.id)) offerEverything();
+      if (control.id === "study") offerEverything();
+      if (control.id === "panel") offerEverything(chosen("panel"));
       if (control.id === "axis") offerLines();
       if (["study", "filter"].includes(control.id)) drawRuns();
       if (control.id === "filter") rememberChoices();
