@@ -4,8 +4,11 @@ import copy
 import functools
 import json
 
+from omegaconf import OmegaConf
+
 from gnbench.composition import composed
-from gnbench.config import RunConfig, run_id
+from gnbench.config import RunConfig, conf_dir, run_id
+from gnbench.report import ReportConfig, report
 from gnbench.runs.directory import METRICS, RunDirectory
 
 
@@ -40,3 +43,10 @@ def put(study, error, *overrides, status="completed", epochs=3, name=None, **cha
     }
     run.record_path.write_text(json.dumps(record))
     return run
+
+
+def page(outputs, study=None, **figure):
+    """Write the page of studies as the command does; return its path."""
+    config = OmegaConf.to_container(OmegaConf.load(conf_dir() / "report.yaml"))
+    chosen = {"outputs": str(outputs), "study": study, "figure": config["figure"] | figure}
+    return report(ReportConfig.parse(chosen))

@@ -3,15 +3,13 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
-from tests.conftest import environment
+from tests.laid_down import page as write_page
 from tests.laid_down import put, settings
 
 pytestmark = pytest.mark.slow
@@ -64,15 +62,6 @@ def opened(browser):
     assert said == []
 
 
-def written(outputs, *arguments):
-    """Write a page in a process of its own, as a user would; return its path."""
-    done = subprocess.run(
-        [sys.executable, "-m", "gnbench.report", f"outputs={outputs}", *arguments],
-        env=environment(), capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return done.stdout.strip()
-
-
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory):
     """Three norms at three batch sizes over two seeds, with all that can be chosen; and another."""
@@ -106,12 +95,12 @@ def studies(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def both(studies):
-    return written(studies)
+    return write_page(studies)
 
 
 @pytest.fixture(scope="module")
 def grid(studies):
-    return written(studies, "study=grid")
+    return write_page(studies, "grid")
 
 
 def column(page, title):
@@ -320,7 +309,7 @@ def test_no_run_one_run_and_failures_alone(opened, tmp_path):
     (tmp_path / "failed" / "half").mkdir()
     (tmp_path / "failed" / "half" / "run.json").write_text("{")
     for name, plots in (("none", 0), ("one", 1), ("failed", 0)):
-        path = written(tmp_path, f"study={name}")
+        path = write_page(tmp_path, name)
         for width in WIDTHS:
             page = opened(path, width)
             assert fits(page)
@@ -341,7 +330,7 @@ def test_names_never_become_markup(opened, tmp_path):
             run.log_path.write_text("hello\n")
     run = put(tmp_path / "evil", 1.0, "norm=bn", status="failed", name="failed")
     run.write_record(run.record() | dict.fromkeys(("error", "device", "started"), EVIL))
-    path = written(tmp_path, "study=evil")
+    path = write_page(tmp_path, "evil")
     for width in WIDTHS:
         page = opened(path, width)
         assert fits(page)
@@ -363,9 +352,8 @@ def test_a_thousand_runs_are_read_written_and_turned_over_without_waiting(opened
             for size in (2, 4, 8, 16, 32, 64):
                 error = 10 + number + (seed * 7919 % 97) / 100
                 put(tmp_path / "many", error, f"norm={norm}", batch_size=size, seed=seed, epochs=30)
-    path = written(tmp_path, "study=many")
-    with open(path, "rb") as file:  # noqa: PTH123
-        assert len(file.read()) < 6_000_000
+    path = write_page(tmp_path, "many")
+    assert path.stat().st_size < 6_000_000
     for width in WIDTHS:
         page = opened(path, width)
         assert page.locator("#count").inner_text() == "1008 of 1008 runs"

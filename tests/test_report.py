@@ -10,7 +10,6 @@ from urllib.parse import unquote
 
 import pandas as pd
 import pytest
-from omegaconf import OmegaConf
 
 from gnbench import ConfigError
 from gnbench.aggregate.__main__ import write_studies
@@ -20,21 +19,13 @@ from gnbench.aggregate.report.contents import Look, Shown
 from gnbench.aggregate.statistics import summarize
 from gnbench.aggregate.study import read_study
 from gnbench.composition import composed
-from gnbench.config import RunConfig, conf_dir, run_id
-from gnbench.report import ReportConfig, report
+from gnbench.config import RunConfig, run_id
 from tests.conftest import ROOT
-from tests.laid_down import put, settings
+from tests.laid_down import page, put, settings
 
 LOOK = Look("descending", "resnet34", "bn", [])
 SHIFTS = (-0.3, 0.0, 0.6)
 EVIL = "<script>alert('name')</script>&\"'"
-
-
-def page(outputs, study=None, **figure):
-    """Write the page as the command does; return its path."""
-    config = OmegaConf.to_container(OmegaConf.load(conf_dir() / "report.yaml"))
-    chosen = {"outputs": str(outputs), "study": study, "figure": config["figure"] | figure}
-    return report(ReportConfig.parse(chosen))
 
 
 def data_of(path):
