@@ -37,7 +37,7 @@ def _command() -> None:
     try:
         app()
     except ConfigCompositionException as error:
-        from gnbench.check import composed  # imports torch: not for --help
+        from gnbench.composition import composed
 
         folder = get_args_parser().parse_args(typed).config_dir
         folders = [folder] if folder else []

@@ -15,16 +15,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from gnbench.build import base_lr, build_optimizer, build_schedule, drops_last, training_length
-from gnbench.config import COMPONENTS, DatasetConfig, RunConfig, conf_dir
+from gnbench.composition import composed
+from gnbench.config import COMPONENTS, DatasetConfig, RunConfig
 from gnbench.errors import ConfigError, one_line
 from gnbench.train import distributed
 from gnbench.train.devices import choose_device, free_memory_bytes, has_native_bf16
@@ -46,27 +43,6 @@ def compose(*overrides: str, config_dirs: Sequence[str] = ()) -> RunConfig:
     check(config)
     check_machine(config)
     return config
-
-
-def composed(*overrides: str, config_dirs: Sequence[str] = ()) -> DictConfig:
-    """Compose a run, with ``hydra``, what is Hydra's own; nothing is checked yet.
-
-    Raises:
-        ConfigError: for a key that does not exist.
-    """
-    urls = (d if "://" in d else f"file://{Path(d).absolute()}" for d in config_dirs)
-    places = ",".join(f"'{url}'" for url in urls)
-    searched = [f"hydra.searchpath=[{places}]"] if config_dirs else []
-    surrounding = GlobalHydra.instance()
-    application, surrounding.hydra = surrounding.hydra, None  # of the caller, if it is one
-    try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return hydra_compose("config", [*overrides, *searched], return_hydra_config=True)
-    except Exception as error:
-        raise ConfigError(one_line(error)) from error
-    finally:
-        surrounding.hydra = application
-        GlobalHydra.set_instance(surrounding)  # initialize_config_dir has left a copy
 
 
 def config_dirs() -> list[str]:

@@ -14,6 +14,7 @@ import torch
 
 import gnbench.__main__
 import gnbench.aggregate.__main__
+import gnbench.report
 import gnbench.status  # noqa: F401  (the forks need these)
 from gnbench.build import base_lr, build_schedule, training_length
 from gnbench.check import check, check_machine
@@ -92,7 +93,7 @@ def _command(module, arguments, folder, allowed):
     watch([str(folder / "work" / "outputs"), *allowed], changes)
     sys.argv = [module, *arguments]
     try:
-        main = "" if module == "gnbench.status" else ".__main__"
+        main = "" if module in ("gnbench.status", "gnbench.report") else ".__main__"
         importlib.import_module(f"{module}{main}").main()
     finally:
         sys.stdout.flush()

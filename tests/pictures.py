@@ -7,7 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
 
-from gnbench.check import composed
+from gnbench.composition import composed
 from gnbench.config import RunConfig
 
 

@@ -23,7 +23,7 @@ from gnbench.sweep.account import objective
 from tests import tiny
 from tests.conftest import ROOT, environment, measured, started, variant
 
-HEAVY = ("torch", "torchvision", "pandas", "matplotlib", "tensorboard", "mlflow", "wandb")
+HEAVY = ("torch", "torchvision", "pandas", "matplotlib", "plotly", "tensorboard", "mlflow", "wandb")
 
 
 def imported(*arguments, module="gnbench"):
@@ -222,9 +222,11 @@ def test_no_command_imports_what_it_does_not_need(tmp_path):
     assert imported(*tiny.OVERRIDES, outputs) == ["torch"]
     assert imported(outputs, module="gnbench.status") == []
     assert imported(outputs, module="gnbench.aggregate") == ["pandas", "matplotlib"]
+    assert imported(outputs, module="gnbench.report") == ["pandas", "matplotlib", "plotly"]
     assert imported("--help") == []
     assert imported("--cfg", "job") == []
-    assert imported("--help", module="gnbench.bench") == []
+    for module in ("gnbench.bench", "gnbench.report"):
+        assert imported("--help", module=module) == []
 
 
 def test_help_is_something_a_newcomer_can_act_on(cli):

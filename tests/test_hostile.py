@@ -146,7 +146,7 @@ COMMANDS = st.tuples(
 COMMANDS = COMMANDS.filter(lambda command: not notes_a_plan_elsewhere(command))
 FOLDERS = st.sampled_from((*WORDS, *PATHS, *NUMBERS, *INTERPOLATIONS, *SYNTAX))
 ANSWERS = st.tuples(
-    st.sampled_from(["gnbench.status", "gnbench.aggregate"]),
+    st.sampled_from(["gnbench.status", "gnbench.aggregate", "gnbench.report"]),
     st.lists(
         st.tuples(
             st.sampled_from(
@@ -230,7 +230,7 @@ def test_a_command_line_is_refused_in_one_line_or_can_be_trained(call, commands)
 @pytest.mark.slow
 @given(st.lists(ANSWERS, min_size=BATCH, max_size=BATCH))
 @FEWER
-def test_status_and_aggregate_refuse_in_one_line_what_is_not_there(call, commands):
+def test_the_readers_of_runs_refuse_in_one_line_what_is_not_there(call, commands):
     def check(command):
         code, out, err, report, written = call(*command)
         assert code == 2

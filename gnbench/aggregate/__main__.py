@@ -43,6 +43,7 @@ class AggregateConfig(Settings):
     outputs: Folder
     study: StudyName | None
     select: str | list[str] | None
+    report: bool
     figure: FigureConfig
 
     @property
@@ -56,18 +57,20 @@ def write_studies(
     outputs: str | Path = "outputs",
     study: str | None = None,
     select: str | None = None,
+    report: bool = False,
     **figure: Any,
 ) -> list[Study]:
     """Write tables and figures of one study, or of every one, beside its runs; print the account.
 
-    ``figure`` are settings of the group of that name in ``conf/aggregate.yaml``.
+    ``report``: write their page as well. ``figure`` are settings of the group of that name in
+    ``conf/aggregate.yaml``.
 
     Raises:
         ConfigError: before anything is written.
         WriteError: if a study cannot be written.
     """
     defaults: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "aggregate.yaml"))
-    given = {"outputs": str(outputs), "study": study, "select": select}
+    given = {"outputs": str(outputs), "study": study, "select": select, "report": report}
     given["figure"] = defaults["figure"] | figure
     return aggregate(AggregateConfig.parse(given))
 
@@ -76,7 +79,12 @@ def aggregate(config: AggregateConfig) -> list[Study]:
     """Do what `write_studies` says, as configured."""
     look = config.figure
     values = None if look.reference is None else published(look.reference)
-    studies = [read_study(path) for path in find_studies(config.outputs, config.study)]
+    paths = find_studies(config.outputs, config.study)
+    if config.report:
+        from gnbench.aggregate.report.page import plotly_source
+
+        plotly_source()  # or nothing is written
+    studies = [read_study(path) for path in paths]
     names = config.selected
     selected = {}
     for study in studies if names else []:
@@ -88,6 +96,7 @@ def aggregate(config: AggregateConfig) -> list[Study]:
             study.notes.append(f"nothing was selected: {error}")
     from gnbench.aggregate import figure, verdict  # import matplotlib: not for --help
 
+    counted = []
     for study in studies:
         runs, tables = study.runs, {"results.csv": study.runs}
         if study.path in selected:
@@ -118,6 +127,14 @@ def aggregate(config: AggregateConfig) -> list[Study]:
             curves = figure.draw_curves(metrics, settings, look.order)
             figure.save(curves, study.path / "curves.png")
         print(describe(study, summary, look.order, panels))
+        counted.append((study, runs))
+    if config.report:
+        from gnbench.aggregate.report.contents import Look
+        from gnbench.aggregate.report.page import write_page
+
+        page = Look(look.order, look.baseline, look.against, look.registered)
+        chosen = [] if config.study is None else [config.study]
+        print(write_page(counted, page, config.outputs, chosen))
     return studies
 
 

@@ -53,14 +53,12 @@ def draw_errors(
     """
     x = x_axis(summary)
     settings = [name for name in settings_of(summary) if name != x]
-    cells = summary.groupby(["dataset", "model"])["norm"].transform("size")
-    models = summary.groupby("dataset")["model"].transform("nunique")
-    beside = (summary["model"] == baseline) & (cells == 1) & (models > 1)
+    beside = is_beside(summary, baseline)
     panels = summary[~beside].groupby(["dataset", "model"])
     figure, axes = grid(len(panels), width=4.8, height=4.4)
     for axis, (key, panel) in zip(axes, panels, strict=True):
         dataset, model = map(str, key)
-        for line, label, style in _lines(panel, settings, set(summary["norm"])):
+        for line, label, style in styled_lines(panel, settings, set(summary["norm"])):
             line = line.sort_values(x)
             sizes, mean = line[x], line["test_error_mean"]
             axis.plot(sizes, mean, label=label, zorder=3, **style)
@@ -109,7 +107,7 @@ def draw_curves(metrics: pd.DataFrame, settings: Sequence[str], order: str) -> F
             axis.set_axis_off()
         for size, axis in zip(sizes, row_of_axes, strict=False):
             panel = row[row["batch_size"] == size]
-            for line, label, style in _lines(panel, settings, set(metrics["norm"])):
+            for line, label, style in styled_lines(panel, settings, set(metrics["norm"])):
                 seeds = line.pivot_table(index="epoch", columns="run_id", values="test_error")
                 if seeds.shape[1] > 1:
                     axis.plot(seeds.index, seeds, color=style["color"], alpha=0.3, linewidth=0.7)
@@ -144,6 +142,13 @@ def x_axis(summary: pd.DataFrame) -> str:
         return "batch_size"
     values = pd.to_numeric(summary[settings[0]], errors="coerce")
     return settings[0] if (values > 0).all() else "batch_size"
+
+
+def is_beside(summary: pd.DataFrame, baseline: str | None) -> pd.Series[bool]:
+    """Tell which rows are the baseline: drawn as a line in the panels of the other models."""
+    cells = summary.groupby(["dataset", "model"])["norm"].transform("size")
+    models = summary.groupby("dataset")["model"].transform("nunique")
+    return (summary["model"] == baseline) & (cells == 1) & (models > 1)
 
 
 def sort_norms(table: pd.DataFrame) -> pd.DataFrame:
@@ -210,7 +215,7 @@ def save(figure: Figure, path: Path) -> None:
     files.replace(path, buffer.getbuffer())
 
 
-def _lines(
+def styled_lines(
     rows: pd.DataFrame, settings: Sequence[str], norms: Set[str]
 ) -> Iterator[tuple[pd.DataFrame, str, dict[str, Any]]]:
     """Yield the rows of every line of a panel, its label and how it is drawn.
@@ -243,17 +248,17 @@ def _overlay(
     values = of_dataset[of_dataset["model"] == model]
     for _, row in of_dataset[of_dataset["model"] == baseline].iterrows():
         if model != baseline and not values.empty:
-            label = f"{baseline} {str(row['norm']).upper()}, {_source(row)}"
+            label = f"{baseline} {str(row['norm']).upper()}, {source_of(row)}"
             axis.axhline(row["test_error"], color=BASELINE, linestyle=":", label=label, zorder=1)
     for norm, line in sort_norms(values).groupby("norm", sort=False):
         colour, marker = STYLES.get(str(norm), MORE_STYLES[0])
-        label = f"{str(norm).upper()}, {_source(line.iloc[0])}"
+        label = f"{str(norm).upper()}, {source_of(line.iloc[0])}"
         hollow: dict[str, Any] = {"color": colour, "markerfacecolor": "none", "label": label}
         axis.plot(line["batch_size"], line["test_error"], marker, zorder=2, **hollow)
     return set(values["batch_size"])
 
 
-def _source(row: Any) -> str:
+def source_of(row: Any) -> str:
     """Name the source of a published value, and whether it was corrected."""
     return f"{row['source']}{' (corrected)' if row['corrected'] else ''}"
 
@@ -262,7 +267,7 @@ def draw_memory(table: pd.DataFrame) -> Figure:
     """Draw the MiB of activations (rows of ``memory.csv``) against batch size, a line a norm."""
     figure, [axis] = grid(1, width=4.8, height=4.4)
     table = table.assign(mebibytes=table["activation_bytes"] / 2**20)
-    for line, label, style in _lines(table, [], set(table["norm"])):
+    for line, label, style in styled_lines(table, [], set(table["norm"])):
         axis.plot(line["batch_size"], line["mebibytes"], label=label, **style)
         if line["peak_bytes"].notna().all():
             peak = {**style, "linestyle": ":", "label": f"{label}, peak of the device"}

@@ -141,23 +141,30 @@ def short_metrics(finished: pd.DataFrame, metrics: pd.DataFrame) -> list[str]:
 
 
 def published(source: str) -> pd.DataFrame:
-    """Return the published results of ``source`` (``dataset,model,norm,batch_size,test_error``).
-
-    Where an error of the evaluation is known exactly, ``test_error`` is the corrected one, and
-    ``corrected`` is true.
+    """Return the published results of ``source``, of those of `all_published`.
 
     Raises:
         ConfigError: if the package carries none of that name.
     """
-    table = pd.read_csv(PUBLISHED, keep_default_na=False)
-    corrected = pd.to_numeric(table["test_error_corrected"], errors="coerce")
-    table["corrected"] = corrected.notna()
-    table["test_error"] = corrected.fillna(table["test_error"])
+    table = all_published()
     rows = table[table["source"] == source]
     if rows.empty:
         known = ", ".join(sorted(table["source"].unique()))
         raise ConfigError(f"figure.reference={source}: choose one of {known}")
     return rows
+
+
+def all_published() -> pd.DataFrame:
+    """Return all published results (``source,dataset,model,norm,batch_size,test_error``).
+
+    Where an error of the evaluation is known exactly, ``test_error`` is the corrected one, and
+    ``corrected`` is true.
+    """
+    table = pd.read_csv(PUBLISHED, keep_default_na=False)
+    corrected = pd.to_numeric(table["test_error_corrected"], errors="coerce")
+    table["corrected"] = corrected.notna()
+    table["test_error"] = corrected.fillna(table["test_error"])
+    return table
 
 
 def _row(study: str, run_dir: Path) -> dict[str, Any]:

@@ -151,7 +151,7 @@ class Panel:
                 differ = "err differently" if one.mcnemar < 0.05 else "cannot be told apart"
                 said.append(
                     f"{names} at {one.batch_size}: on these test images the two networks {differ} "
-                    f"(McNemar, p {_p(one.mcnemar, '= ')}); that says nothing of other seeds."
+                    f"(McNemar, p {p_value(one.mcnemar, '= ')}); that says nothing of other seeds."
                 )
         if untested:
             said.append(f"{names}: not compared at {_listed(untested)}, where runs diverged.")
@@ -185,26 +185,32 @@ def markdown(study: str, found: Panels) -> str:
     for (dataset, model), panel in found.items():
         parts.append(f"## {dataset}, {model}")
         parts += panel.sentences() or ["One line: nothing is compared."]
-        rows = [
-            [
-                f"{row['line']} − {row['against']}",
-                row["batch_size"],
-                f"{row['n_seeds']}, {row['n_seeds_against']}",
-                f"{row['difference']:+.2f}",
-                _interval(row["ci_low"], row["ci_high"]),
-                _p(row["p_holm"]),
-                "–" if row["detectable"] is None else f"{row['detectable']:.2f}",
-                "–" if row["final_difference"] is None else f"{row['final_difference']:+.2f}",
-                _interval(row["final_low"], row["final_high"]),
-                _p(row["mcnemar"]),
-            ]
-            for row in panel.comparisons()
-        ]
-        heads = ["difference in points", "batch size", "seeds", "mean", "95 %", "p (Holm)"]
-        heads += ["detectable", "last epoch", "95 %, seeds and test images", "McNemar p"]
+        heads, rows = comparison_rows(panel)
         if rows:
             parts.append(tabulate(rows, heads, "github", disable_numparse=True))
     return "\n\n".join(parts) + "\n"
+
+
+def comparison_rows(panel: Panel) -> tuple[list[str], list[list[str]]]:
+    """Return the comparisons of a panel in words, headings first."""
+    rows = [
+        [
+            f"{row['line']} − {row['against']}",
+            str(row["batch_size"]),
+            f"{row['n_seeds']}, {row['n_seeds_against']}",
+            f"{row['difference']:+.2f}",
+            interval(row["ci_low"], row["ci_high"]),
+            p_value(row["p_holm"]),
+            "–" if row["detectable"] is None else f"{row['detectable']:.2f}",
+            "–" if row["final_difference"] is None else f"{row['final_difference']:+.2f}",
+            interval(row["final_low"], row["final_high"]),
+            p_value(row["mcnemar"]),
+        ]
+        for row in panel.comparisons()
+    ]
+    heads = ["difference in points", "batch size", "seeds", "mean", "95 %", "p (Holm)"]
+    heads += ["detectable", "last epoch", "95 %, seeds and test images", "McNemar p"]
+    return heads, rows
 
 
 def _shown(tested: Sequence[Comparison]) -> str:
@@ -253,11 +259,13 @@ def _listed(values: Sequence[object]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _interval(low: float | None, high: float | None) -> str:
+def interval(low: float | None, high: float | None) -> str:
+    """Put an interval of a difference into words."""
     return "–" if low is None or high is None else f"{low:+.2f} to {high:+.2f}"
 
 
-def _p(value: float | None, equals: str = "") -> str:
+def p_value(value: float | None, equals: str = "") -> str:
+    """Put a p-value into words, after ``equals`` where it is not too small to be said."""
     if value is None:
         return "–"
     return "< 0.001" if value < 0.001 else f"{equals}{value:.3f}"

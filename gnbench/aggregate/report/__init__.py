@@ -1,0 +1,1 @@
+"""Studies → a page that one can turn over, and send: ``report.html``."""

@@ -1,0 +1,331 @@
+"""Studies → the numbers of the page: one JSON document, which its scripts draw.
+
+All that is a statistic is computed here, by the same functions as the tables of aggregate.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+from matplotlib.colors import to_hex, to_rgb
+
+from gnbench.aggregate.figure import (
+    LINES,
+    MORE_STYLES,
+    STYLES,
+    is_beside,
+    line_label,
+    source_of,
+    styled_lines,
+    x_axis,
+)
+from gnbench.aggregate.report.runs import MEASURED, runs_table
+from gnbench.aggregate.statistics import settings_of, summarize
+from gnbench.aggregate.study import CELL, RECORD, Study, all_published, read_metrics
+from gnbench.aggregate.verdict import Panel, panels
+from gnbench.runs.directory import FINISHED
+
+SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down"}
+SYMBOLS |= {"X": "x", "P": "cross", "*": "star", "h": "hexagon"}
+DASHES = {"-": "solid", "--": "dash", "-.": "dashdot", ":": "dot"}
+RECORDED = set(RECORD)
+HUES = [*[*STYLES.values()][2:5], *MORE_STYLES, *STYLES.values()]  # those of BN and GN come late
+# What can be drawn: column, name, name at its axis, whether its interval is pooled over cells.
+METRICS = (
+    ("test_error", "test error, median of the last five epochs (%)", "test error (%)", True),
+    ("test_error_final", "test error, last epoch (%)", "test error (%)", True),
+    ("balanced_test_error", "balanced test error, last epoch (%)", "balanced error (%)", False),
+    ("val_error", "validation error (%)", "validation error (%)", False),
+    ("train_error", "training error, last epoch (%)", "training error (%)", False),
+    ("test_loss", "test loss, last epoch", "test loss", False),
+    ("train_loss", "training loss, last epoch", "training loss", False),
+)
+HELD = {"epochs": "epochs_done", "steps": "steps", "seconds": "seconds"}
+HELD |= {"bytes": "activation_bytes", "peak": "peak_memory_bytes"}
+CURVES = ("test_error", "train_error", "test_loss", "train_loss")
+MOST_POINTS = 30_000  # of all curves together: some 0.8 MB
+EVALUATIONS = "evaluations.csv"
+EVALUATED = ("run_id", "statistics", "images", "trained_images", "test_error")
+
+
+@dataclass(frozen=True)
+class Look:
+    """The group ``figure`` of the configuration, as in ``conf/report.yaml``."""
+
+    order: str
+    baseline: str | None
+    against: str
+    registered: list[int]
+
+
+@dataclass
+class Shown:
+    """A study, the ``runs`` of it that count, and what aggregate computes of them."""
+
+    study: Study
+    runs: pd.DataFrame
+    look: Look
+    summary: pd.DataFrame = field(init=False)
+    metrics: pd.DataFrame = field(init=False)
+    last: pd.DataFrame = field(init=False)  # the last row of each
+    panels: dict[tuple[str, str], Panel] = field(init=False)
+    evaluations: pd.DataFrame = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics = read_metrics(self.runs)
+        last = self.metrics.groupby("run_id")[[*MEASURED.values()]].last()
+        self.last = last.set_axis([*MEASURED], axis=1)
+        self.summary = summarize(self.runs)
+        self.panels = panels(
+            self.finished, settings_of(self.summary), self.look.against, self.look.registered
+        )
+        self.evaluations = self._read_evaluations()
+
+    @property
+    def finished(self) -> pd.DataFrame:
+        """The runs that have a result."""
+        return self.runs[self.runs["status"].isin(FINISHED)]
+
+    def column(self, name: str) -> pd.Series[float]:
+        """Return a number of every run, NaN where it is not known."""
+        if name in self.last:
+            return self.runs["run_id"].map(self.last[name]).astype(float)
+        if name not in self.runs:
+            return pd.Series(math.nan, self.runs.index)
+        return pd.to_numeric(self.runs[name], errors="coerce").astype(float)
+
+    def cells(self) -> list[tuple[Any, pd.DataFrame]]:
+        """Return the rows of the summary, each with its runs."""
+        keys = [*CELL, *settings_of(self.summary)]
+        if self.summary.empty:
+            return []
+        grouped = self.finished.groupby(keys, dropna=False, sort=True)  # as `summarize` does
+        rows = (row for _, row in self.summary.iterrows())
+        return list(zip(rows, (runs for _, runs in grouped), strict=True))
+
+    def _read_evaluations(self) -> pd.DataFrame:
+        """Read ``evaluations.csv``, the rows of finished runs; a damaged one is a problem."""
+        path, nothing = self.study.path / EVALUATIONS, pd.DataFrame(columns=[*EVALUATED])
+        try:
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+            table = table[[*EVALUATED]].assign(test_error=table["test_error"].astype(float))
+            pd.to_numeric(table["images"].replace("", "0"))
+        except FileNotFoundError:
+            return nothing
+        except (OSError, ValueError, LookupError) as error:
+            self.study.problems.append(f"{path} is not a table of gnbench.evaluate ({error})")
+            return nothing
+        return table[table["run_id"].isin(self.finished["run_id"])]
+
+
+def contents(shown: Sequence[Shown], look: Look, folder: Path) -> dict[str, Any]:
+    """Return what ``page.js`` reads; ``folder`` is that of the page."""
+    lines = _Lines()
+    numbers: dict[tuple[int, str], int] = {}  # of a run, by study and id
+    for number, one in enumerate(shown):
+        for run_id in one.study.runs["run_id"]:
+            numbers[number, run_id] = len(numbers)
+    found: dict[str, list[Any]] = {"panels": [], "cells": [], "evaluations": []}
+    for number, one in enumerate(shown):
+        _add_study(found, number, one, look, lines, numbers)
+    known = {name for cell in found["cells"] for name in cell["m"]}
+    return {
+        "order": look.order,
+        "studies": [{"name": one.study.path.name, "setting": _setting(one)} for one in shown],
+        "metrics": [
+            {"key": key, "name": name, "short": short, "pooled": pooled}
+            for key, name, short, pooled in METRICS
+            if key in known
+        ],
+        "lines": lines.styles(),
+        **found,
+        "runs": runs_table([(one.study, one.last) for one in shown], folder),
+        "curves": _curves(shown, numbers),
+    }
+
+
+class _Lines:
+    """The lines of all studies: what has the same label looks the same everywhere."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[tuple[str, str], int] = {}
+
+    def number(self, row: Any, settings: Sequence[str]) -> int:
+        """Return the number of the line that a row of the summary belongs to."""
+        key = (str(row["norm"]), line_label(row, settings))
+        return self.numbers.setdefault(key, len(self.numbers))
+
+    def styles(self) -> list[dict[str, str]]:
+        """Return label, symbol, dashes and colours of every line; ``dark`` is for a dark page."""
+        norms = [norm for norm, _ in self.numbers]
+        table = pd.DataFrame({"norm": norms, "batch_size": 1, "line": range(len(norms))})
+        styles: dict[int, dict[str, str]] = {}
+        labels = [label for _, label in self.numbers]
+        drawn = styled_lines(table, ["line"], set(norms)) if norms else ()
+        for rows, _, style in drawn:
+            number = int(rows["line"].iloc[0])
+            if len(set(norms)) == 1 and len(norms) > len(LINES):  # hues are free: no shades of one
+                colour, marker = HUES[number % len(HUES)]
+                style |= {"color": colour, "marker": marker}
+            styles[number] = {
+                "label": labels[number],
+                "colour": to_hex(style["color"]),
+                "dark": _for_dark(style["color"]),
+                "symbol": SYMBOLS[style["marker"]],
+                "dash": DASHES[style["linestyle"]],
+            }
+        return [styles[number] for number in sorted(styles)]
+
+
+def _for_dark(colour: str) -> str:
+    """Return a colour for a dark page: the hue kept, dark shades made light and light ones dark."""
+    hue, lightness, saturation = colorsys.rgb_to_hls(*to_rgb(colour))
+    lightness = min(0.88, 0.78 - 0.4 * (lightness - 0.3) / 0.6)
+    return to_hex(colorsys.hls_to_rgb(hue, lightness, saturation))
+
+
+def _setting(one: Shown) -> str | None:
+    """Return the setting that stands in for the batch size on the axis, if one does."""
+    name = None if one.summary.empty else x_axis(one.summary)
+    return None if name == "batch_size" else name
+
+
+def _add_study(
+    found: dict[str, list[Any]],
+    number: int,
+    one: Shown,
+    look: Look,
+    lines: _Lines,
+    numbers: dict[tuple[int, str], int],
+) -> None:
+    """Add the panels, the cells and the evaluations of a study."""
+    settings, axis = settings_of(one.summary), _setting(one)
+    besides = [name for name in settings if name != axis]
+    beside = is_beside(one.summary, look.baseline)
+    places: dict[tuple[str, str], int] = {}
+    published = all_published()
+    columns = {name: one.column(name) for name in HELD.values()}
+    for values, (row, runs) in zip(_values(one), one.cells(), strict=True):
+        key = (str(row["dataset"]), str(row["model"]))
+        if key not in places:
+            places[key] = len(found["panels"])
+            found["panels"].append(
+                {
+                    "study": number,
+                    "dataset": key[0],
+                    "model": key[1],
+                    "beside": bool(beside[row.name]),
+                    "published": _published(published, key, look.baseline),
+                }
+            )
+        held = {name: columns[column][runs.index].mean() for name, column in HELD.items()}
+        cell: dict[str, Any] = {
+            "panel": places[key],
+            "line": lines.number(row, settings),
+            "joined": lines.number(row, besides) if axis else None,
+            "size": int(row["batch_size"]),
+            "x": {name: figures(value) for name, value in held.items()},
+            "runs": [numbers[number, run_id] for run_id in runs["run_id"]],
+            "diverged": int(row["n_diverged"]),
+            "m": values,
+        }
+        if axis:
+            cell["x"]["setting"] = figures(float(row[axis]))
+        found["evaluations"] += [
+            {"cell": len(found["cells"]), **entry} for entry in _evaluations(one, runs)
+        ]
+        found["cells"].append(cell)
+
+
+def _values(one: Shown) -> list[dict[str, list[Any]]]:
+    """Return for every row of the summary mean, low and high of every metric."""
+    collected: list[dict[str, list[Any]]] = [{} for _ in range(len(one.summary))]
+    runs = one.runs[[*RECORDED.intersection(one.runs), *settings_of(one.summary)]]
+    for name, _, _, pooled in METRICS:
+        numbers = one.column(name)
+        if numbers[one.finished.index].isna().all():
+            continue
+        # What `summarize` says of the test error, it says of whatever stands in its place.
+        summary = summarize(runs.assign(test_error=numbers))
+        low, high = ("pooled_low", "pooled_high") if pooled else ("ci_low", "ci_high")
+        for values, (_, row) in zip(collected, summary.iterrows(), strict=True):
+            entry = [figures(row[c], 6) for c in ("test_error_mean", low, high)]
+            if entry[0] is not None:
+                values[name] = entry
+    return collected
+
+
+def _published(
+    table: pd.DataFrame, key: tuple[str, str], baseline: str | None
+) -> list[dict[str, Any]]:
+    """Return the published values of a panel, a series a norm; the baseline has no sizes."""
+    dataset, model = key
+    series = []
+    own = table[(table["dataset"] == dataset) & (table["model"] == model)]
+    for (norm, _), rows in own.groupby(["norm", "source"], sort=False):
+        label = f"{str(norm).upper()}, {source_of(rows.iloc[0])}"
+        points = {name: rows[name].tolist() for name in ("batch_size", "test_error")}
+        series.append({"norm": str(norm).upper(), "label": label, **points})
+    beside = table[(table["dataset"] == dataset) & (table["model"] == baseline)]
+    for _, row in beside.iterrows():
+        if model != baseline and not own.empty:
+            label = f"{baseline} {str(row['norm']).upper()}, {source_of(row)}"
+            series.append({"label": label, "test_error": [float(row["test_error"])]})
+    return series
+
+
+def _evaluations(one: Shown, runs: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the evaluations of the runs of a cell, means over seeds."""
+    table = one.evaluations[one.evaluations["run_id"].isin(runs["run_id"])]
+    entries = []
+    for (name, images), rows in table.groupby(["statistics", "images"], sort=False):
+        entries.append(
+            {
+                "statistics": str(name),
+                "images": figures(float(str(images) or "nan")),
+                "own": bool((rows["images"] == rows["trained_images"]).any()),
+                "error": figures(rows["test_error"].mean(), 6),
+                "seeds": int(rows["run_id"].nunique()),
+            }
+        )
+    return entries
+
+
+def _curves(shown: Sequence[Shown], numbers: dict[tuple[int, str], int]) -> dict[str, Any]:
+    """Return the epochs of every run in columns; of too many, every ``stride``-th and the last.
+
+    ``epoch`` is missing where it counts 1, 2, 3; ``seconds`` have passed since the start;
+    ``steps`` are those of an epoch.
+    """
+    rows = sum(len(one.metrics) for one in shown)
+    stride = math.ceil(rows / MOST_POINTS)
+    runs = {}
+    for number, one in enumerate(shown):
+        for run_id, table in one.metrics.groupby("run_id", sort=False):
+            table = table.sort_values("epoch")
+            seconds = table["seconds"].cumsum()
+            keep = (table["epoch"] % stride == 0) | (table["epoch"] == table["epoch"].max())
+            table, seconds = table[keep], seconds[keep]
+            epochs = [int(epoch) for epoch in table["epoch"]]
+            columns = {name: [figures(v, 4) for v in table[name].tolist()] for name in CURVES}
+            columns["seconds"] = [figures(v, 4) for v in seconds.tolist()]
+            steps = figures(float(table["step"].iloc[-1]) / epochs[-1]) if epochs[-1] else None
+            entry: dict[str, Any] = {**columns, "steps": steps}
+            if epochs != list(range(1, len(epochs) + 1)):
+                entry["epoch"] = epochs
+            runs[str(numbers[number, cast(str, run_id)])] = entry
+    return {"stride": stride, "runs": runs}
+
+
+def figures(value: Any, digits: int = 7) -> float | int | None:
+    """Round to significant digits; what is not a finite number is None."""
+    if value is None or isinstance(value, str) or not math.isfinite(value):
+        return None
+    rounded = float(f"{value:.{digits}g}")
+    return int(rounded) if rounded.is_integer() else rounded
