@@ -1,6 +1,7 @@
 """The page of a study in a real browser: menus, sorting, widths, light and dark, hostile names."""
 
 import json
+import random
 import re
 import shutil
 import time
@@ -9,6 +10,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from gnbench.runs.directory import METRICS
 from tests.laid_down import page as write_page
 from tests.laid_down import put, settings
 
@@ -347,11 +349,19 @@ def test_names_never_become_markup(opened, tmp_path):
 
 
 def test_a_thousand_runs_are_read_written_and_turned_over_without_waiting(opened, tmp_path):
+    numbers = random.Random(0)
     for seed in range(42):
-        for number, norm in enumerate(("bn", "gn", "ln", "in")):
+        for norm in ("bn", "gn", "ln", "in"):
             for size in (2, 4, 8, 16, 32, 64):
-                error = 10 + number + (seed * 7919 % 97) / 100
-                put(tmp_path / "many", error, f"norm={norm}", batch_size=size, seed=seed, epochs=30)
+                error = round(numbers.uniform(10, 20), 2)
+                run = put(tmp_path / "many", error, f"norm={norm}", batch_size=size, seed=seed)
+                run.write_record(run.record() | {"activation_bytes": numbers.randrange(10**8)})
+                rows = [",".join(METRICS)]
+                for epoch in range(1, 31):  # numbers with all their digits, as a training has them
+                    values = [20 * numbers.random() for _ in range(7)]
+                    values[4:4] = [round(100 * error), 10_000]
+                    rows.append(",".join(map(str, (epoch, 782 * epoch, *values))))
+                run.metrics_path.write_text("\n".join([*rows, ""]))
     path = write_page(tmp_path, "many")
     assert path.stat().st_size < 6_000_000
     for width in WIDTHS:

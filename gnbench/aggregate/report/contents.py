@@ -48,8 +48,9 @@ METRICS = (
 )
 HELD = {"epochs": "epochs_done", "steps": "steps", "seconds": "seconds"}
 HELD |= {"bytes": "activation_bytes", "peak": "peak_memory_bytes"}
-CURVES = ("test_error", "train_error", "test_loss", "train_loss")
-MOST_POINTS = 30_000  # of all curves together: some 0.8 MB
+CURVES = {"test_error": 0.01, "train_error": 0.01, "test_loss": 0.001, "train_loss": 0.001}
+MOST_POINTS = 32_000  # of all curves together: some 0.6 MB
+LARGEST = 10**9  # what diverged is not drawn
 EVALUATIONS = "evaluations.csv"
 EVALUATED = ("run_id", "statistics", "images", "trained_images", "test_error")
 
@@ -300,27 +301,41 @@ def _evaluations(one: Shown, runs: pd.DataFrame) -> list[dict[str, Any]]:
 def _curves(shown: Sequence[Shown], numbers: dict[tuple[int, str], int]) -> dict[str, Any]:
     """Return the epochs of every run in columns; of too many, every ``stride``-th and the last.
 
-    ``epoch`` is missing where it counts 1, 2, 3; ``seconds`` have passed since the start;
-    ``steps`` are those of an epoch.
+    ``epoch`` is missing where it counts 1, 2, 3; ``seconds`` have passed since the start, in
+    ``unit``; ``steps`` are those of an epoch. Columns are written as by `_steps`.
     """
     rows = sum(len(one.metrics) for one in shown)
-    stride = math.ceil(rows / MOST_POINTS)
+    stride = max(1, math.ceil(rows / MOST_POINTS))
     runs = {}
     for number, one in enumerate(shown):
         for run_id, table in one.metrics.groupby("run_id", sort=False):
-            table = table.sort_values("epoch")
-            seconds = table["seconds"].cumsum()
-            keep = (table["epoch"] % stride == 0) | (table["epoch"] == table["epoch"].max())
-            table, seconds = table[keep], seconds[keep]
+            table = table.sort_values("epoch").assign(passed=lambda t: t["seconds"].cumsum())
+            last = table["epoch"].max()
+            table = table[(table["epoch"] % stride == 0) | (table["epoch"] == last)]
             epochs = [int(epoch) for epoch in table["epoch"]]
-            columns = {name: [figures(v, 4) for v in table[name].tolist()] for name in CURVES}
-            columns["seconds"] = [figures(v, 4) for v in seconds.tolist()]
-            steps = figures(float(table["step"].iloc[-1]) / epochs[-1]) if epochs[-1] else None
-            entry: dict[str, Any] = {**columns, "steps": steps}
+            entry: dict[str, Any] = {
+                name: _steps(table[name].tolist(), unit) for name, unit in CURVES.items()
+            }
+            passed = table["passed"].tolist()
+            most = passed[-1] if math.isfinite(passed[-1]) and passed[-1] > 0 else 1.0
+            entry["unit"] = 10.0 ** (math.floor(math.log10(most)) - 3)
+            entry["seconds"] = _steps(passed, entry["unit"])
+            entry["steps"] = figures(float(table["step"].iloc[-1]) / last) if last else None
             if epochs != list(range(1, len(epochs) + 1)):
                 entry["epoch"] = epochs
             runs[str(numbers[number, cast(str, run_id)])] = entry
-    return {"stride": stride, "runs": runs}
+    return {"stride": stride, "units": CURVES, "runs": runs}
+
+
+def _steps(values: Sequence[float], unit: float) -> list[int | None]:
+    """Write numbers as steps from one to the next in ``unit``: fewer digits; None: not known."""
+    steps: list[int | None] = []
+    last = 0
+    for value in values:
+        known = math.isfinite(value) and abs(value) < LARGEST * unit
+        steps.append(round(value / unit) - last if known else None)
+        last += steps[-1] or 0
+    return steps
 
 
 def figures(value: Any, digits: int = 7) -> float | int | None:

@@ -155,7 +155,7 @@ function tracesOf(line, cells, axis, metric, colour) {
   const asBand = ["size", "setting"].includes(axis) && cells.length > 1;
   if (chosen("intervals") && known && asBand)
     traces.push({
-      x: [...x, ...x.toReversed()], y: [...high, ...low.toReversed()],
+      x: [...x, ...[...x].reverse()], y: [...high, ...[...low].reverse()],
       fill: "toself", fillcolor: faded(colour, 0.18), line: { width: 0 }, mode: "lines",
       hoverinfo: "skip", showlegend: false,
     });
@@ -330,7 +330,7 @@ function drawCurves() {
     return [{ title: `${title}, batch size ${size}: ${option} over ${names[over]}`, traces, layout }];
   });
   const note = putPlots("curves", plots, "There are no epochs to draw.");
-  const thinned = data.curves.stride > 1 ? ` Of so many runs every ${data.curves.stride}. epoch is here, and the last.` : "";
+  const thinned = data.curves.stride > 1 ? ` Of so many epochs one in ${data.curves.stride} is here, and the last.` : "";
   if (plots.length) note.textContent = `Bold: the mean over seeds; thin: each seed. Dotted: the error to reach. The table is for all batch sizes: the first epoch at whose end a run is there, medians over the runs that get there.${thinned}`;
   const heads = ["network", "line", "batch size", "runs that get there", "epochs", "steps", "seconds"];
   putTable("curves", `Time to a test error of ${target} %`, heads, chosen("target") === "" ? [] : rows);

@@ -2,7 +2,25 @@
 "use strict";
 
 const data = JSON.parse(document.getElementById("data").textContent);
+unfoldCurves();
 const sorting = { column: null, descending: false };
+
+// Curves are written as steps from one value to the next in a unit.
+function unfoldCurves() {
+  const { runs, units } = data.curves;
+  const unfold = (steps, unit) => {
+    let last = 0;
+    return steps.map((step) => {
+      if (step === null) return null;
+      last += step;
+      return Number((last * unit).toPrecision(9));
+    });
+  };
+  for (const run of Object.values(runs)) {
+    for (const [name, unit] of Object.entries(units)) run[name] = unfold(run[name], unit);
+    run.seconds = unfold(run.seconds, run.unit);
+  }
+}
 
 function cellOfTable(tag, text, number) {
   const cell = document.createElement(tag);
