@@ -76,7 +76,8 @@ def aggregate(config: AggregateConfig) -> list[Study]:
     """Do what `write_studies` says, as configured."""
     look = config.figure
     values = None if look.reference is None else published(look.reference)
-    studies = [read_study(path) for path in find_studies(config.outputs, config.study)]
+    places = find_studies(config.outputs, config.study, archives=True)
+    studies = [read_study(path) for path in places]
     names = config.selected
     selected = {}
     for study in studies if names else []:
@@ -106,17 +107,20 @@ def aggregate(config: AggregateConfig) -> list[Study]:
         tables |= {"summary.csv": summary, "comparisons.csv": verdict.comparison_table(panels)}
         texts = {name: table.to_csv(index=False) for name, table in tables.items()}
         texts["verdict.md"] = verdict.markdown(study.path.name, panels)
+        files.make_folder(study.tables)
         for name, text in texts.items():
-            files.replace(study.path / name, text.encode(errors="replace"))
+            files.replace(study.tables / name, text.encode(errors="replace"))
         if not summary.empty:
             errors = figure.draw_errors(summary, finished, look.order, look.baseline, values)
             for suffix in ("png", "svg", "pdf"):
-                figure.save(errors, study.path / f"figure.{suffix}")
+                figure.save(errors, study.tables / f"figure.{suffix}")
         if not metrics.empty:
             settings = differing(runs)
             metrics = metrics.merge(runs[["run_id", *settings]], on="run_id")
             curves = figure.draw_curves(metrics, settings, look.order)
-            figure.save(curves, study.path / "curves.png")
+            figure.save(curves, study.tables / "curves.png")
+        if study.tables != study.path:
+            study.notes.append(f"tables and figures are in {study.tables}")
         print(describe(study, summary, look.order, panels))
     return studies
 

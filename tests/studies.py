@@ -1,0 +1,42 @@
+"""Studies laid down as training would have left them, for tests of what reads them."""
+
+import copy
+import functools
+import json
+
+from gnbench.check import composed
+from gnbench.config import RunConfig, run_id
+from gnbench.runs.directory import METRICS, RunDirectory
+
+
+@functools.cache
+def settings(*overrides):
+    return RunConfig.parse(composed(*overrides)).plain()
+
+
+def put(study, error, *overrides, status="completed", epochs=3, name=None, **changes):
+    """Lay down the directory of a run as training would have left it."""
+    config = copy.deepcopy(settings(*overrides)) | {"batch_size": 2} | changes
+    run = RunDirectory(study / (name or run_id(config)))
+    run.path.mkdir(parents=True)
+    lines = [",".join(METRICS)]
+    for epoch in range(1, epochs + 1):
+        wrong = round(100 * error) + epochs - epoch
+        row = (epoch, 10 * epoch, 0.001, 1.0, 50.0, 1.0, wrong / 100, wrong, 10_000, 99.0, 1.5)
+        lines.append(",".join(map(str, row)))
+    run.metrics_path.write_text("\n".join([*lines, ""]))
+    record = {
+        "status": status,
+        "config": config,
+        "seed": config["seed"],
+        "error": "RuntimeError: it broke" if status == "failed" else None,
+        "result": {"test_error": error, "test_error_final": error, "epochs": epochs},
+        "versions": {"gnbench": "0.1.0", "torch": "2.11.0", "python": "3.12.0"},
+        "device": "cpu",
+        "engine": "eager",
+        "started": "2026-01-01T00:00:00+00:00",
+        "seconds": 4.5,
+        "peak_memory_bytes": 1000,
+    }
+    run.record_path.write_text(json.dumps(record))
+    return run
