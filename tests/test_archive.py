@@ -40,7 +40,11 @@ def study(tmp_path):
                 config = run.record()["config"]
                 config["outputs"] = f"{SECRET}/outputs"
                 config["dataset"]["root"] = f"{SECRET}/data"
-                config["tracker"] = {"name": "mlflow", "_target_": "x", "uri": "http://lovelace-host:5"}
+                config["tracker"] = {
+                    "name": "mlflow",
+                    "_target_": "x",
+                    "uri": "http://lovelace-host:5",
+                }
                 run.write_record(run.record() | {"config": config})
                 run.save_correct(np.arange(10_000) % 5 < 4)
                 (run.path / "model.pt").write_bytes(b"weights")

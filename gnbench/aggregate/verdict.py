@@ -151,10 +151,10 @@ class Panel:
                 differ = "err differently" if one.mcnemar < 0.05 else "cannot be told apart"
                 said.append(
                     f"{names} at {one.batch_size}: on these test images the two networks {differ} "
-                    f"(McNemar, p {_p(one.mcnemar, '= ')}); that says nothing of other seeds."
+                    f"(McNemar, p {p_value(one.mcnemar, '= ')}); that says nothing of other seeds."
                 )
         if untested:
-            said.append(f"{names}: not compared at {_listed(untested)}, where runs diverged.")
+            said.append(f"{names}: not compared at {listed(untested)}, where runs diverged.")
         return said
 
 
@@ -191,12 +191,12 @@ def markdown(study: str, found: Panels) -> str:
                 row["batch_size"],
                 f"{row['n_seeds']}, {row['n_seeds_against']}",
                 f"{row['difference']:+.2f}",
-                _interval(row["ci_low"], row["ci_high"]),
-                _p(row["p_holm"]),
+                interval(row["ci_low"], row["ci_high"]),
+                p_value(row["p_holm"]),
                 "–" if row["detectable"] is None else f"{row['detectable']:.2f}",
                 "–" if row["final_difference"] is None else f"{row['final_difference']:+.2f}",
-                _interval(row["final_low"], row["final_high"]),
-                _p(row["mcnemar"]),
+                interval(row["final_low"], row["final_high"]),
+                p_value(row["mcnemar"]),
             ]
             for row in panel.comparisons()
         ]
@@ -215,10 +215,10 @@ def _shown(tested: Sequence[Comparison]) -> str:
             f"{c.batch_size} ({c.difference:+.2f} [{c.ci_low:+.2f}, {c.ci_high:+.2f}])"
             for c in group
         ]
-        parts.append(f"{words[sign]} {_listed(found)}")
+        parts.append(f"{words[sign]} {listed(found)}")
     families = sorted({c.family for c in tested if c.family and c.family > 1})
     if families:
-        over = _listed(families)
+        over = listed(families)
         parts.append(f"p by Holm over {over} comparisons, the intervals each by itself")
     return "; ".join(parts)
 
@@ -230,7 +230,7 @@ def _crossing(line: Line, tested: Sequence[Comparison], untested: Sequence[int])
     signs = {c.shown for c in tested}
     low, high = tested[0].batch_size, tested[-1].batch_size
     gap = [size for size in untested if low < size < high]
-    besides = f" What happens about {_listed(gap)} is not known." if gap else ""
+    besides = f" What happens about {listed(gap)} is not known." if gap else ""
     if {-1, 1} <= signs and line.crossings:
         where = " and ".join(f"{at:.3g}" for at in line.crossings)
         pieces = " or ".join(f"{a:.3g} to {b:.3g}" for a, b in line.crossing_set)
@@ -244,20 +244,23 @@ def _detectable(tested: Sequence[Comparison]) -> str:
     found = [c.detectable for c in tested if c.detectable is not None]
     low, high = f"{min(found):.1f}", f"{max(found):.1f}"
     points = f"{low} points" if low == high else f"{low} to {high} points"
-    seeds = _listed(sorted({n for c in tested for n in (c.n_seeds, c.n_seeds_against)}))
+    seeds = listed(sorted({n for c in tested for n in (c.n_seeds, c.n_seeds_against)}))
     return f"With {seeds} seeds a difference of {points} would be shown (power 80 %)."
 
 
-def _listed(values: Sequence[object]) -> str:
+def listed(values: Sequence[object]) -> str:
+    """Write a list in words."""
     *first, last = map(str, values)
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _interval(low: float | None, high: float | None) -> str:
+def interval(low: float | None, high: float | None) -> str:
+    """Write an interval in points."""
     return "–" if low is None or high is None else f"{low:+.2f} to {high:+.2f}"
 
 
-def _p(value: float | None, equals: str = "") -> str:
+def p_value(value: float | None, equals: str = "") -> str:
+    """Write a p-value, with ``equals`` in front unless it is too small to be given."""
     if value is None:
         return "–"
     return "< 0.001" if value < 0.001 else f"{equals}{value:.3f}"

@@ -96,12 +96,7 @@ def find_studies(
     root = Path(outputs)
     if not archives and zipped.archive_of(root):
         raise ConfigError(f"outputs={outputs}: is an archive, this needs a folder of studies")
-    marks = ("*/run.json", f"*/{LOCK}", PLANS)
-    found = [
-        folder
-        for folder in sorted(zipped.glob(root, "*/"))
-        if any(next(zipped.glob(folder, mark), None) is not None for mark in marks)
-    ]
+    found = [folder for folder in sorted(zipped.glob(root, "*/")) if is_study(folder)]
     chosen = [folder for folder in found if study in (None, folder.name)]
     if not found:
         raise ConfigError(f"outputs={outputs}: no runs there yet; begin with: python -m gnbench")
@@ -109,6 +104,12 @@ def find_studies(
         names = ", ".join(folder.name for folder in found)
         raise ConfigError(f"study={study}: no runs in {root / str(study)}; choose one of {names}")
     return chosen
+
+
+def is_study(folder: Path) -> bool:
+    """Tell whether a folder, which may lie in an archive, has runs or the plan of some."""
+    marks = ("*/run.json", f"*/{LOCK}", PLANS)
+    return any(next(zipped.glob(folder, mark), None) is not None for mark in marks)
 
 
 def known_cells(study: Path) -> dict[Path, Cell | None]:
