@@ -116,12 +116,10 @@ def judge(found: Pairs) -> tuple[bool, list[str]]:
         said.append(f"Not to be told apart: {_which(alike, cells)}.")
     if tested := [one.comparison for one in cells if one.comparison.detectable is not None]:
         low, high = (f(c.detectable or 0.0 for c in tested) for f in (min, max))
-        points = (
-            f"{low:.2f} points" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
-        )
+        size = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
         said.append(
-            f"With these seeds a difference of {points} would be shown (power 80 %); p by Holm "
-            f"over {tested[0].family} cells."
+            f"With these seeds a difference of {size} points would be shown (power 80 %); p by "
+            f"Holm over {tested[0].family} cells."
         )
     if any(one.comparison.p is None for one in [*different, *alike]):
         said.append(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 class FigureConfig(Settings):
     """How the figure is drawn."""
 
+    style: Literal["screen", "paper"]
     order: Literal["ascending", "descending"]
     baseline: str | None
     reference: str | None
@@ -87,7 +88,7 @@ def aggregate(config: AggregateConfig) -> list[Study]:
             if config.study is not None:
                 raise
             study.notes.append(f"nothing was selected: {error}")
-    from gnbench.aggregate import figure, verdict  # import matplotlib: not for --help
+    from gnbench.aggregate import figure, latex, verdict  # import matplotlib: not for --help
 
     for study in studies:
         runs, tables = study.runs, {"results.csv": study.runs}
@@ -108,12 +109,16 @@ def aggregate(config: AggregateConfig) -> list[Study]:
         texts = {name: table.to_csv(index=False) for name, table in tables.items()}
         texts["verdict.md"] = verdict.markdown(study.path.name, panels)
         files.make_folder(study.tables)
+        if not summary.empty:
+            texts["table.tex"] = latex.table(summary, panels, look.order)
         for name, text in texts.items():
             files.replace(study.tables / name, text.encode(errors="replace"))
         if not summary.empty:
-            errors = figure.draw_errors(summary, finished, look.order, look.baseline, values)
-            for suffix in ("png", "svg", "pdf"):
-                figure.save(errors, study.tables / f"figure.{suffix}")
+            with figure.styled(look.style):
+                drawn = (summary, finished, look.order, look.baseline, values)
+                errors = figure.draw_errors(*drawn, paper=look.style == "paper")
+                for suffix in ("png", "svg", "pdf"):
+                    figure.save(errors, study.tables / f"figure.{suffix}")
         if not metrics.empty:
             settings = differing(runs)
             metrics = metrics.merge(runs[["run_id", *settings]], on="run_id")
