@@ -224,7 +224,7 @@ def test_no_command_imports_what_it_does_not_need(tmp_path):
     assert imported("--help") == []
     assert imported("--cfg", "job") == []
     assert imported("--help", module="gnbench.bench") == []
-    for module in ("gnbench.archive", "gnbench.compare"):
+    for module in ("gnbench.archive", "gnbench.compare", "gnbench.show"):
         assert imported("--help", module=module) == []
 
 

@@ -17,7 +17,6 @@ ESCAPED = {
     "^": r"\textasciicircum{}",
     **{special: f"\\{special}" for special in "&%$#_{}"},
 }
-DAGGER = r"\textsuperscript{\dag}"
 
 
 def escaped(text: str) -> str:
@@ -79,8 +78,9 @@ def _cell(row: Any, bold: bool) -> str:
     text = f"{row['test_error_mean']:.2f}"
     if not pd.isna(row["pooled_high"]):
         text += rf" \pm {row['pooled_high'] - row['test_error_mean']:.2f}"
-    text = rf"$\mathbf{{{text}}}$" if bold else f"${text}$"
-    return text + (DAGGER if row["n_diverged"] else "")
+    text = rf"\mathbf{{{text}}}" if bold else text
+    dagger = r"^{\dagger}" if row["n_diverged"] else ""
+    return f"${text}{dagger}$"
 
 
 def _better(panel: Panel | None) -> set[tuple[str, int]]:
