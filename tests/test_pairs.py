@@ -13,7 +13,7 @@ from gnbench.aggregate.study import read_study
 from gnbench.archive import ArchiveConfig, archive
 from gnbench.cli import with_names
 from gnbench.compare import CompareConfig, compare, judge
-from tests.studies import put
+from tests.studies import put, settings
 
 
 def lay(path, errors, *overrides, **changes):
@@ -141,21 +141,26 @@ def test_a_cell_with_a_diverged_run_is_not_called_equal(tmp_path):
 
 
 def test_settings_in_which_the_studies_differ_as_a_whole_are_named_and_do_not_part_cells(tmp_path):
+    def lay_down(name, norm, rate, groups=16):
+        changes = {"optimizer": settings()["optimizer"] | {"lr": rate}}
+        changes |= {"precision": "bf16"} if name == "b" else {}
+        if norm == "gn":
+            changes["norm"] = settings("norm=gn")["norm"] | {"num_groups": groups}
+        lay(tmp_path / name, [20.0, 21.0], f"norm={norm}", **changes)
+
     for rate in (0.001, 0.01):
         for norm in ("bn", "gn"):
-            for name, more in (("a", []), ("b", ["epochs=31"])):
-                groups = ["norm.num_groups=8"] if (norm, name) == ("gn", "b") else []
-                settings = [f"norm={norm}", f"optimizer.lr={rate}", *groups, *more]
-                lay(tmp_path / name, [20.0, 21.0], *settings)
-    lay(tmp_path / "b", [20.0], "norm=gn", "optimizer.lr=0.1", "norm.num_groups=8", "epochs=31")
-    lay(tmp_path / "a", [20.0], "norm=ln")
+            lay_down("a", norm, rate)
+            lay_down("b", norm, rate, groups=8)
+    lay_down("b", "gn", 0.1, groups=8)
+    lay_down("a", "ln", 0.001)
     found = paired(tmp_path)
     assert [one.label for one in found.cells] == [
         f"{norm} optimizer.lr={rate}" for norm in ("BN", "GN") for rate in (0.001, 0.01)
     ]
     assert found.settings == [
-        "epochs: 30 in a, 31 in b",
         "norm.num_groups: 16 in a, 8 in b (cifar10, simplenetv2, gn)",
+        "precision: fp32 in a, bf16 in b",
     ]
     assert found.only_in == {
         "a": ["cifar10, simplenetv2: LN optimizer.lr=0.001, batch size 2"],
@@ -253,10 +258,20 @@ def test_bare_words_become_settings(words, settings):
     assert with_names(words, ("a", "b")) == settings
 
 
-def test_the_command_and_its_exit_codes(cli, tmp_path):
+def test_the_command_says_by_its_exit_code_that_studies_differ(cli, tmp_path):
     lay(tmp_path / "outputs" / "a", [20.0, 20.4], "norm=gn")
-    lay(tmp_path / "one, two" / "b", [20.0, 20.4], "norm=gn")
-    lay(tmp_path / "outputs" / "worse", [60.0, 60.4], "norm=gn")
-    done = cli("a", "one, two/b", module="gnbench.compare", check=0)
-    assert done.stdout.endswith("Verdict: identical.\n\n")
-    assert "Verdict: different." in cli("a", "worse", module="gnbench.compare", check=1).stdout
+    lay(tmp_path / "one, two" / "b", [60.0, 60.4], "norm=gn")
+    done = cli("a", "one, two/b", module="gnbench.compare", check=1)
+    assert done.stdout.endswith("Verdict: different.\n\n")
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_0_if_they_do_not_and_with_2_for_bad_input(cli, tmp_path):
+    lay(tmp_path / "outputs" / "a", [20.0, 20.4], "norm=gn")
+    assert "Verdict: identical." in cli("a", "a", module="gnbench.compare", check=0).stdout
+    for words, line in (
+        (["a", "a", "b"], "gnbench: b: this is no setting: write KEY=VALUE\n"),
+        (["a", "b"], "gnbench: b: there is no such study; "),
+        (["a"], "gnbench: name two studies: python -m gnbench.compare A B\n"),
+    ):
+        assert cli(*words, module="gnbench.compare", check=2).stderr.startswith(line)

@@ -43,16 +43,8 @@ def test_the_report_s_network_by_hand():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "choices",
-    [
-        ("model=resnet34", "norm=gn8_ws"),
-        ("model=simplenet", "norm=none"),
-    ],
-    ids=" ".join,
-)
-def test_every_parameter_is_counted_once(choices):
-    config = compose(*choices)
+def test_weights_that_are_standardized_are_those_of_their_layer():
+    config = compose("model=simplenetv2", "norm=gn8_ws")
     with torch.device("meta"):
         total = sum(p.numel() for p in build_model(config).parameters())
     assert sum(one.parameters for one in layers(config)) == total
@@ -216,9 +208,16 @@ def test_a_network_is_shown(tmp_path, capsys):
     assert ["features.0.0", "conv 3×3, 1→16", "16×8×8", "160"] in rows
 
 
+@pytest.mark.slow
 def test_the_command_shows_what_it_is_asked_for(cli, tmp_path):
     done = cli("dataset=fashion_mini", "samples=1", module="gnbench.show", check=0)
     assert "parameters" not in done.stdout
+    cli("model=simplenet", "dataset=fashion_mini", "outputs=o", module="gnbench.show", check=0)
+    assert {p.name for p in (tmp_path / "o").iterdir()} == {
+        "fashion_mini.png", "fashion_mini.svg", *(
+            f"simplenet-gn-fashion_mini.{suffix}" for suffix in ("csv", "png", "svg")
+        ),
+    }  # fmt: skip
     assert {p.name for p in (tmp_path / "outputs" / "show").iterdir()} == {
         "fashion_mini.png", "fashion_mini.svg",
     }  # fmt: skip
