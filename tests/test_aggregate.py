@@ -13,7 +13,7 @@ from gnbench.aggregate.statistics import differing, summarize
 from gnbench.aggregate.study import CELL, published, read_metrics, read_runs, read_study
 from gnbench.runs.directory import METRICS
 from tests.conftest import ROOT
-from tests.studies import put, settings
+from tests.laid_down import put, settings
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from gnbench.config import run_id
 from gnbench.runs.directory import read_correct
 from gnbench.sweep.plan import find_studies, known_cells, plan_of
 from tests.conftest import ROOT
-from tests.studies import put, settings
+from tests.laid_down import put, settings
 
 SECRET = "/home/lovelace/projects"
 

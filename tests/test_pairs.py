@@ -13,7 +13,7 @@ from gnbench.aggregate.study import read_study
 from gnbench.archive import ArchiveConfig, archive
 from gnbench.cli import with_names
 from gnbench.compare import CompareConfig, compare, judge
-from tests.studies import put, settings
+from tests.laid_down import put, settings
 
 
 def lay(path, errors, *overrides, **changes):

@@ -13,7 +13,7 @@ from gnbench.aggregate.figure import draw_errors, styled
 from gnbench.aggregate.statistics import settings_of, summarize
 from gnbench.aggregate.study import read_study
 from gnbench.aggregate.verdict import panels
-from tests.studies import put
+from tests.laid_down import put
 
 
 @pytest.fixture

@@ -154,7 +154,7 @@ class Panel:
                     f"(McNemar, p {p_value(one.mcnemar, '= ')}); that says nothing of other seeds."
                 )
         if untested:
-            said.append(f"{names}: not compared at {listed(untested)}, where runs diverged.")
+            said.append(f"{names}: not compared at {_listed(untested)}, where runs diverged.")
         return said
 
 
@@ -215,10 +215,10 @@ def _shown(tested: Sequence[Comparison]) -> str:
             f"{c.batch_size} ({c.difference:+.2f} [{c.ci_low:+.2f}, {c.ci_high:+.2f}])"
             for c in group
         ]
-        parts.append(f"{words[sign]} {listed(found)}")
+        parts.append(f"{words[sign]} {_listed(found)}")
     families = sorted({c.family for c in tested if c.family and c.family > 1})
     if families:
-        over = listed(families)
+        over = _listed(families)
         parts.append(f"p by Holm over {over} comparisons, the intervals each by itself")
     return "; ".join(parts)
 
@@ -230,7 +230,7 @@ def _crossing(line: Line, tested: Sequence[Comparison], untested: Sequence[int])
     signs = {c.shown for c in tested}
     low, high = tested[0].batch_size, tested[-1].batch_size
     gap = [size for size in untested if low < size < high]
-    besides = f" What happens about {listed(gap)} is not known." if gap else ""
+    besides = f" What happens about {_listed(gap)} is not known." if gap else ""
     if {-1, 1} <= signs and line.crossings:
         where = " and ".join(f"{at:.3g}" for at in line.crossings)
         pieces = " or ".join(f"{a:.3g} to {b:.3g}" for a, b in line.crossing_set)
@@ -244,23 +244,22 @@ def _detectable(tested: Sequence[Comparison]) -> str:
     found = [c.detectable for c in tested if c.detectable is not None]
     low, high = f"{min(found):.1f}", f"{max(found):.1f}"
     points = f"{low} points" if low == high else f"{low} to {high} points"
-    seeds = listed(sorted({n for c in tested for n in (c.n_seeds, c.n_seeds_against)}))
+    seeds = _listed(sorted({n for c in tested for n in (c.n_seeds, c.n_seeds_against)}))
     return f"With {seeds} seeds a difference of {points} would be shown (power 80 %)."
 
 
-def listed(values: Sequence[object]) -> str:
-    """Write a list in words."""
+def _listed(values: Sequence[object]) -> str:
     *first, last = map(str, values)
     return f"{', '.join(first)} and {last}" if first else last
 
 
 def interval(low: float | None, high: float | None) -> str:
-    """Write an interval in points."""
+    """Put an interval of a difference into words."""
     return "–" if low is None or high is None else f"{low:+.2f} to {high:+.2f}"
 
 
 def p_value(value: float | None, equals: str = "") -> str:
-    """Write a p-value, with ``equals`` in front unless it is too small to be given."""
+    """Put a p-value into words, after ``equals`` where it is not too small to be said."""
     if value is None:
         return "–"
     return "< 0.001" if value < 0.001 else f"{equals}{value:.3f}"

@@ -1,4 +1,4 @@
-"""Studies laid down as training would have left them, for tests of what reads them."""
+"""Run directories as training would have left them, laid down without training."""
 
 import copy
 import functools
