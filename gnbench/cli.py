@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hydra.errors import HydraException
@@ -22,6 +23,10 @@ from gnbench.errors import (
     one_line,
 )
 from gnbench.train import distributed
+
+# Flags of Hydra's that take the next word for their value.
+VALUED = ["--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn"]
+VALUED += ["--package", "-p", "--cfg", "-c", "--info", "-i", "--experimental-rerun"]
 
 _composed = False
 _wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -42,6 +47,19 @@ def is_explained(error: BaseException) -> bool:
     """Tell a fault that its message explains (bad input, no data, full disk) from a bug."""
     of_cluster = type(error).__module__.startswith("submitit.")  # such as what sbatch refuses
     return is_config_fault(error) or isinstance(error, OSError) or of_cluster
+
+
+def with_names(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return a command line in which the first bare words are settings: ``x`` as ``a="x"``."""
+    written, left = [], list(names)
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        bare = "=" not in word and not word.startswith("-") and before not in VALUED
+        if bare and left:
+            # Hydra's grammar: a backslash counts where a quote follows; OmegaConf's: \${ is no ${.
+            text = re.sub(r'(\\*)("|$)', r"\1\1\2", word).replace('"', '\\"')
+            word = f'{left.pop(0)}="{text}"'.replace("${", r"\${")
+        written.append(word)
+    return written
 
 
 def report(error: BaseException) -> int:

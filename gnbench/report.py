@@ -46,7 +46,7 @@ def report(config: ReportConfig) -> Path:
         WriteError: if it cannot be written.
     """
     names: list[str | None] = [*dict.fromkeys(config.study)] or [None]
-    folders = [path for name in names for path in find_studies(config.outputs, name)]
+    folders = [path for name in names for path in find_studies(config.outputs, name, archives=True)]
     from gnbench.aggregate.report.contents import Look  # imports matplotlib: not for --help
     from gnbench.aggregate.report.page import plotly_source, write_page
     from gnbench.aggregate.study import read_study

@@ -371,7 +371,7 @@ def test_it_writes_what_the_contract_says_beside_the_runs(study, capsys, monkeyp
     write_studies("~/outputs", reference="wu2018")
     files = {p.name for p in study.iterdir() if p.is_file()}
     assert files == {
-        "results.csv", "summary.csv", "comparisons.csv", "verdict.md",
+        "results.csv", "summary.csv", "comparisons.csv", "verdict.md", "table.tex",
         "figure.png", "figure.svg", "figure.pdf", "curves.png",
     }  # fmt: skip
     results = pd.read_csv(study / "results.csv")

@@ -94,8 +94,8 @@ def test_every_yaml_composes_into_a_run_that_can_be_trained(file, tmp_path):
 
 
 def test_no_yaml_is_forgotten():
-    commands = ("config", "aggregate", "status", "evaluate", "memory", "report")
-    commands += ("bench", "bench_quick")
+    commands = ["config", "aggregate", "status", "evaluate", "memory", "bench", "bench_quick"]
+    commands += ["report", "archive", "compare", "show"]
     others = {f"{command}.yaml" for command in commands}
     # Those of tracker/ need packages: tests/test_trackers.py.
     assert all(f.parts[0] in (*GROUPS, "tracker", "hydra") or str(f) in others for f in FILES)

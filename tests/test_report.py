@@ -19,6 +19,7 @@ from gnbench.aggregate.report.answer import leaders
 from gnbench.aggregate.report.contents import Look, Shown
 from gnbench.aggregate.statistics import summarize
 from gnbench.aggregate.study import read_study
+from gnbench.archive import ArchiveConfig, archive
 from gnbench.composition import composed
 from gnbench.config import RunConfig, run_id
 from tests.conftest import ROOT
@@ -93,6 +94,18 @@ def test_its_numbers_are_those_of_the_tables(demo):
         assert x["steps"] == 10 * x["epochs"]
     assert [panel["beside"] for panel in data["panels"]] == [True, False]
     assert [line["colour"] for line in data["lines"]] == ["#0072b2", "#d62728"]
+
+
+def test_of_an_archive_it_is_the_same_without_links(demo, tmp_path):
+    study, written = demo
+    given = {"outputs": str(study.parent), "study": "demo", "file": str(tmp_path / "demo.zip")}
+    file = archive(ArchiveConfig.parse(given))
+    found = page(file, "demo")
+    assert found == tmp_path / "demo.tables" / "demo" / "report.html"
+    expected, data = data_of(written), data_of(found)
+    assert data["runs"].pop("link") == [""] * 19
+    assert all(expected["runs"].pop("link"))
+    assert data == expected
 
 
 def test_published_values_are_overlaid_where_they_fit(demo):

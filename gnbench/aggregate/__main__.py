@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 class FigureConfig(Settings):
     """How the figure is drawn."""
 
+    style: Literal["screen", "paper"]
     order: Literal["ascending", "descending"]
     baseline: str | None
     reference: str | None
@@ -79,12 +80,12 @@ def aggregate(config: AggregateConfig) -> list[Study]:
     """Do what `write_studies` says, as configured."""
     look = config.figure
     values = None if look.reference is None else published(look.reference)
-    paths = find_studies(config.outputs, config.study)
+    places = find_studies(config.outputs, config.study, archives=True)
     if config.report:
         from gnbench.aggregate.report.page import plotly_source
 
         plotly_source()  # or nothing is written
-    studies = [read_study(path) for path in paths]
+    studies = [read_study(path) for path in places]
     names = config.selected
     selected = {}
     for study in studies if names else []:
@@ -94,7 +95,7 @@ def aggregate(config: AggregateConfig) -> list[Study]:
             if config.study is not None:
                 raise
             study.notes.append(f"nothing was selected: {error}")
-    from gnbench.aggregate import figure, verdict  # import matplotlib: not for --help
+    from gnbench.aggregate import figure, latex, verdict  # import matplotlib: not for --help
 
     counted = []
     for study in studies:
@@ -115,17 +116,24 @@ def aggregate(config: AggregateConfig) -> list[Study]:
         tables |= {"summary.csv": summary, "comparisons.csv": verdict.comparison_table(panels)}
         texts = {name: table.to_csv(index=False) for name, table in tables.items()}
         texts["verdict.md"] = verdict.markdown(study.path.name, panels)
-        for name, text in texts.items():
-            files.replace(study.path / name, text.encode(errors="replace"))
+        files.make_folder(study.tables)
         if not summary.empty:
-            errors = figure.draw_errors(summary, finished, look.order, look.baseline, values)
-            for suffix in ("png", "svg", "pdf"):
-                figure.save(errors, study.path / f"figure.{suffix}")
+            texts["table.tex"] = latex.table(summary, panels, look.order)
+        for name, text in texts.items():
+            files.replace(study.tables / name, text.encode(errors="replace"))
+        if not summary.empty:
+            with figure.styled(look.style):
+                drawn = (summary, finished, look.order, look.baseline, values)
+                errors = figure.draw_errors(*drawn, paper=look.style == "paper")
+                for suffix in ("png", "svg", "pdf"):
+                    figure.save(errors, study.tables / f"figure.{suffix}")
         if not metrics.empty:
             settings = differing(runs)
             metrics = metrics.merge(runs[["run_id", *settings]], on="run_id")
             curves = figure.draw_curves(metrics, settings, look.order)
-            figure.save(curves, study.path / "curves.png")
+            figure.save(curves, study.tables / "curves.png")
+        if study.tables != study.path:
+            study.notes.append(f"tables and figures are in {study.tables}")
         print(describe(study, summary, look.order, panels))
         counted.append((study, runs))
     if config.report:

@@ -188,19 +188,21 @@ def compare(lines: Sequence[Line], pooled: Pool | None, registered: Sequence[int
         for size, cell in sorted(line.cells.items()):
             other = line.reference.cells.get(size)
             if other is not None:
-                line.comparisons.append(_compared(size, cell, other, pooled, final_pool))
+                line.comparisons.append(compared(size, cell, other, pooled, final_pool))
     everything = [c for line in lines for c in line.comparisons]
     for chosen in (True, False):
         family = [c for c in everything if (c.batch_size in registered) == chosen]
-        _correct_by_holm(family, pooled)
+        correct_by_holm(family)
+        find_detectable(family, pooled)
     if pooled is not None:
         for line in lines:
             _find_crossings(line, pooled)
 
 
-def _compared(
+def compared(
     size: int, cell: Cell, other: Cell, pooled: Pool | None, final_pool: Pool | None
 ) -> Comparison:
+    """Compare ``cell`` with ``other``, by the pooled variances of reported and of last errors."""
     found = Comparison(size, cell.seeds, other.seeds, cell.mean - other.mean)
     if not (cell.usable and other.usable):
         return found
@@ -245,19 +247,25 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _correct_by_holm(family: Sequence[Comparison], pooled: Pool | None) -> None:
+def correct_by_holm(family: Sequence[Comparison]) -> None:
+    """Correct the p-values of all that were tested, and those of McNemar's test."""
     tested = [c for c in family if c.p is not None]
     for one, p in zip(tested, holm([c.p for c in tested if c.p is not None]), strict=True):
         one.p_holm, one.family = p, len(tested)
-        if pooled is not None and one.error is not None:
-            # At the first step of Holm's method, which the smallest p of the family must pass.
-            least = pooled.quantile(1 - (1 - CONFIDENCE) / 2 / len(tested))
-            one.detectable = (least + pooled.quantile(POWER)) * one.error
     alone = [c for c in family if c.mcnemar is not None]
     for one, p in zip(
         alone, holm([c.mcnemar for c in alone if c.mcnemar is not None]), strict=True
     ):
         one.mcnemar = p
+
+
+def find_detectable(family: Sequence[Comparison], pooled: Pool | None) -> None:
+    """Fill in which difference would be shown, once the p-values are corrected."""
+    for one in family:
+        if pooled is not None and one.error is not None and one.family is not None:
+            # At the first step of Holm's method, which the smallest p of the family must pass.
+            least = pooled.quantile(1 - (1 - CONFIDENCE) / 2 / one.family)
+            one.detectable = (least + pooled.quantile(POWER)) * one.error
 
 
 def _fit_slope(line: Line, pooled: Pool | None) -> None:

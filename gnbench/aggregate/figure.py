@@ -7,6 +7,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.transforms import ScaledTranslation
 
 from gnbench import files
 from gnbench.aggregate.statistics import settings_of
@@ -33,6 +35,26 @@ STYLES = {
 MORE_STYLES = (("#56B4E9", "P"), ("#8C564B", "*"), ("#7F7F7F", "h"))  # for norms of a user's own
 LINES = ("-", "--", "-.", ":")
 BASELINE = "#666666"
+# For a paper: as wide as a column (inches), type as small as in captions, fonts embedded whole.
+COLUMN = 3.25
+PAPER: Any = {
+    "font.size": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.0,
+    "lines.markersize": 4,
+    "pdf.fonttype": 42,
+    "savefig.dpi": 300,
+}
+
+
+def styled(style: str) -> AbstractContextManager[None]:
+    """Have figures drawn and saved for a ``paper``, or as they are for a screen."""
+    return mpl.rc_context(PAPER if style == "paper" else None)
 
 
 def draw_errors(
@@ -41,6 +63,7 @@ def draw_errors(
     order: str = "descending",
     baseline: str | None = None,
     reference: pd.DataFrame | None = None,
+    paper: bool = False,
 ) -> Figure:
     """Draw test error (%) against batch size, a panel for every dataset and model.
 
@@ -49,13 +72,16 @@ def draw_errors(
     Each line is a norm (and whatever else differs): its mean over seeds, the pooled 95 % interval
     as a band, each seed as a faint point. A model named ``baseline`` that has a single cell is a
     dashed gray line in the panels of its dataset. ``reference`` (of `published`) is overlaid as
-    hollow markers, its baseline as a dotted line.
+    hollow markers, its baseline as a dotted line. For a ``paper`` the panels stand one below
+    another in a column, without titles, which are for its captions to say.
     """
     x = x_axis(summary)
     settings = [name for name in settings_of(summary) if name != x]
     beside = is_beside(summary, baseline)
     panels = summary[~beside].groupby(["dataset", "model"])
-    figure, axes = grid(len(panels), width=4.8, height=4.4)
+    width, height = (COLUMN, 2.1) if paper else (4.8, 4.4)
+    figure, axes = grid(len(panels), width, height, columns=1 if paper else 3)
+    rows = 0  # of the legends
     for axis, (key, panel) in zip(axes, panels, strict=True):
         dataset, model = map(str, key)
         for line, label, style in styled_lines(panel, settings, set(summary["norm"])):
@@ -84,10 +110,23 @@ def draw_errors(
             axis.set_title(f"{dataset}, {model}, batch size {panel['batch_size'].iloc[0]}")
             axis.set_xlabel(x)
         axis.set_ylabel("test error (%)")
+        if paper:
+            axis.set_title("")
+            if len(panels) > 1:
+                axis.set_ylabel(f"{dataset}, {model}\ntest error (%)")
         longest = max(len(label) for label in axis.get_legend_handles_labels()[1])
-        columns = 2 if longest <= 24 else 1  # or it would be wider than its panel
+        columns = (
+            2 if longest <= (16 if paper else 24) else 1
+        )  # or it would be wider than its panel
         below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
-        axis.legend(fontsize="small", ncols=columns, **below)
+        if paper:  # by a length, since long legends leave the axes less of the height
+            down = ScaledTranslation(0, -0.33, figure.dpi_scale_trans)
+            below |= {"bbox_to_anchor": (0.5, 0), "bbox_transform": axis.transAxes + down}
+            below |= {"frameon": False, "borderpad": 0}
+        legend = axis.legend(fontsize="small", ncols=columns, **below)
+        rows += math.ceil(len(legend.get_texts()) / columns)
+    if paper:
+        figure.set_figheight(2.1 * len(panels) + 0.15 * rows)
     return figure
 
 
@@ -177,9 +216,9 @@ def line_label(row: Any, settings: Sequence[str]) -> str:
     return " ".join(parts)
 
 
-def grid(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """Return a figure of ``count`` panels, three in a row; width and height of one in inches."""
-    columns = min(count, 3)
+def grid(count: int, width: float, height: float, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """Return a figure of ``count`` panels, ``columns`` in a row, each of so many inches."""
+    columns = min(count, columns)
     lines = math.ceil(count / columns)
     figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
@@ -210,8 +249,9 @@ def save(figure: Figure, path: Path) -> None:
     suffix = path.suffix.removeprefix(".")
     date = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(suffix)
     buffer = io.BytesIO()
+    dpi = mpl.rcParams["savefig.dpi"]
     with mpl.rc_context({"svg.hashsalt": "gnbench"}):
-        figure.savefig(buffer, format=suffix, dpi=150, metadata=date)
+        figure.savefig(buffer, format=suffix, dpi=150 if dpi == "figure" else dpi, metadata=date)
     files.replace(path, buffer.getbuffer())
 
 

@@ -6,7 +6,6 @@ import csv
 import io
 import itertools
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from gnbench import zipped
 from gnbench.config import all_settings, run_id
 from gnbench.errors import ConfigError, DamagedError
 from gnbench.runs.directory import FINISHED, read_record
@@ -45,6 +45,11 @@ class Study:
     notes: list[str] = field(default_factory=list)  # what a reader should weigh
 
     @property
+    def tables(self) -> Path:
+        """Where its tables and figures go: beside the runs, or beside the archive they lie in."""
+        return zipped.written_beside(self.path)
+
+    @property
     def finished(self) -> pd.DataFrame:
         """The runs that have a result."""
         return self.runs[self.runs["status"].isin(FINISHED)]
@@ -64,7 +69,8 @@ def read_runs(outputs: str | Path = "outputs", study: str | None = None) -> pd.D
     Raises:
         ConfigError: if there is no such study.
     """
-    studies = map(read_study, find_studies(Path(outputs).expanduser(), study))
+    places = find_studies(Path(outputs).expanduser(), study, archives=True)
+    studies = map(read_study, places)
     return pd.concat([each.runs for each in studies], ignore_index=True)
 
 
@@ -72,13 +78,11 @@ def read_study(path: Path) -> Study:
     """Read every run of a study; nothing half-written or damaged stops it."""
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
-    with os.scandir(path) as entries:
-        folders = sorted(e.path for e in entries if e.is_dir() and not e.name.startswith("."))
-    for folder in folders:
+    for folder in zipped.folders(path):
         try:
-            rows.append(_row(path.name, Path(folder)))
+            rows.append(_row(path.name, folder))
         except FileNotFoundError:
-            if any(Path(folder).iterdir()):
+            if any(zipped.glob(folder, "*")):
                 problems.append(f"{folder}: no run.json (a run that died at its start?); left out")
         except (DamagedError, OSError) as error:
             problems.append(f"{folder}: {error}; left out")
@@ -103,9 +107,10 @@ def read_metrics(table: pd.DataFrame) -> pd.DataFrame:
     lines: dict[str, list[str]] = {",".join(METRICS): []}
     for number, directory in enumerate(table["directory"]):
         try:
-            text = Path(directory, "metrics.csv").read_text(encoding="utf-8", errors="replace")
+            data = zipped.read_bytes(Path(directory, "metrics.csv"))
         except OSError:
             continue
+        text = data.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")
         header, *rows = text[: text.rfind("\n") + 1].split("\n")  # the last one may be half-written
         commas = header.count(",")
         lines.setdefault(header, []).extend(

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gnbench import files
+from gnbench import files, zipped
 from gnbench.errors import DamagedError
 from gnbench.files import explained
 from gnbench.runs.lock import Heartbeat, hold
@@ -222,7 +222,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
         DamagedError: if it is not a record.
     """
     try:
-        record = json.loads(Path(path).read_bytes())
+        record = json.loads(zipped.read_bytes(Path(path)))
     except (ValueError, UnicodeDecodeError) as error:
         raise DamagedError(f"{path} is not JSON ({error})") from error
     if (
@@ -242,7 +242,7 @@ def read_correct(path: str | Path, total: int) -> npt.NDArray[np.bool_]:
         DamagedError: if it is not one of so many images.
     """
     try:
-        packed = np.load(path, allow_pickle=False)
+        packed = np.load(io.BytesIO(zipped.read_bytes(Path(path))), allow_pickle=False)
         if packed.dtype != np.uint8 or packed.shape != (-(-total // 8),):
             raise ValueError(f"it is {packed.dtype} {packed.shape}")
     except OSError:

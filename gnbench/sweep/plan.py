@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gnbench import files
+from gnbench import files, zipped
 from gnbench.config import RunConfig, run_id
 from gnbench.errors import ConfigError, DamagedError
 from gnbench.runs.directory import read_record
@@ -57,23 +57,24 @@ def write_plan(cells: Sequence[Cell]) -> None:
         WriteError: if a study cannot be written.
     """
     for study in {cell.run_dir.parent for cell in cells}:
-        entries = [
-            {key: getattr(cell, key) for key in IN_PLAN}
-            for cell in cells
-            if cell.run_dir.parent == study
-        ]
-        data = (json.dumps(entries, indent=1) + "\n").encode()
+        name, data = plan_of([cell for cell in cells if cell.run_dir.parent == study])
         files.make_folder(study)
-        name = PLANS.replace("*", hashlib.sha256(data).hexdigest()[:8])
         files.replace(study / name, data)
+
+
+def plan_of(cells: Sequence[Cell]) -> tuple[str, bytes]:
+    """Return the name and the contents of the plan of ``cells``."""
+    entries = [{key: getattr(cell, key) for key in IN_PLAN} for cell in cells]
+    data = (json.dumps(entries, indent=1) + "\n").encode()
+    return PLANS.replace("*", hashlib.sha256(data).hexdigest()[:8]), data
 
 
 def read_plans(study: Path) -> list[Cell]:
     """Return the cells that the sweeps of a study set out to train, each once."""
     cells: dict[str, Cell] = {}
-    for path in sorted(study.glob(PLANS)):
+    for path in sorted(zipped.glob(study, PLANS)):
         try:
-            for entry in json.loads(path.read_bytes()):
+            for entry in json.loads(zipped.read_bytes(path)):
                 name, dataset, model, norm = (str(entry[key]) for key in IN_PLAN[:4])
                 size, seed = (int(entry[key]) for key in IN_PLAN[4:])
                 cells[name] = Cell(name, study / name, dataset, model, norm, size, seed)
@@ -82,19 +83,20 @@ def read_plans(study: Path) -> list[Cell]:
     return list(cells.values())
 
 
-def find_studies(outputs: str | Path, study: str | None = None) -> list[Path]:
+def find_studies(
+    outputs: str | Path, study: str | None = None, archives: bool = False
+) -> list[Path]:
     """Return the folder of ``study``, or of every study under ``outputs``.
+
+    With ``archives`` that may be an archive of `gnbench.archive`, whose studies are read in place.
 
     Raises:
         ConfigError: if there is none.
     """
     root = Path(outputs)
-    marks = ("*/run.json", f"*/{LOCK}", PLANS)
-    found = [
-        folder
-        for folder in sorted(root.glob("*/"))
-        if any(next(folder.glob(mark), None) is not None for mark in marks)
-    ]
+    if not archives and zipped.archive_of(root):
+        raise ConfigError(f"outputs={outputs}: is an archive, this needs a folder of studies")
+    found = [folder for folder in sorted(zipped.glob(root, "*/")) if is_study(folder)]
     chosen = [folder for folder in found if study in (None, folder.name)]
     if not found:
         raise ConfigError(f"outputs={outputs}: no runs there yet; begin with: python -m gnbench")
@@ -102,6 +104,12 @@ def find_studies(outputs: str | Path, study: str | None = None) -> list[Path]:
         names = ", ".join(folder.name for folder in found)
         raise ConfigError(f"study={study}: no runs in {root / str(study)}; choose one of {names}")
     return chosen
+
+
+def is_study(folder: Path) -> bool:
+    """Tell whether a folder, which may lie in an archive, has runs or the plan of some."""
+    marks = ("*/run.json", f"*/{LOCK}", PLANS)
+    return any(next(zipped.glob(folder, mark), None) is not None for mark in marks)
 
 
 def known_cells(study: Path) -> dict[Path, Cell | None]:

@@ -6,6 +6,7 @@ All that is a statistic is computed here, by the same functions as the tables of
 from __future__ import annotations
 
 import colorsys
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any, cast
 import pandas as pd
 from matplotlib.colors import to_hex, to_rgb
 
+from gnbench import zipped
 from gnbench.aggregate.figure import (
     LINES,
     MORE_STYLES,
@@ -114,7 +116,8 @@ class Shown:
         """Read ``evaluations.csv``, the rows of finished runs; a damaged one is a problem."""
         path, nothing = self.study.path / EVALUATIONS, pd.DataFrame(columns=[*EVALUATED])
         try:
-            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+            data = io.BytesIO(zipped.read_bytes(path))
+            table = pd.read_csv(data, dtype=str, keep_default_na=False)
             table = table[[*EVALUATED]].assign(test_error=table["test_error"].astype(float))
             pd.to_numeric(table["images"].replace("", "0"))
         except FileNotFoundError:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from gnbench import files
+from gnbench import files, zipped
 from gnbench.aggregate.figure import is_beside, line_label, source_of
 from gnbench.aggregate.report.answer import Leader, bytes_held, leaders, mebibytes, memory
 from gnbench.aggregate.report.commands import commands
@@ -42,9 +42,12 @@ def plotly_source() -> str:
 
 
 def page_path(outputs: str | Path, chosen: Sequence[str]) -> Path:
-    """Return where the page goes: into the folder of the one chosen study, else above them."""
+    """Return where the page goes: into the folder of the one chosen study, else above them.
+
+    Of studies in an archive, where their tables go.
+    """
     folder = Path(outputs, chosen[0]) if len(set(chosen)) == 1 else Path(outputs)
-    return folder / NAME
+    return zipped.written_beside(folder) / NAME
 
 
 def write_page(
@@ -77,6 +80,7 @@ def write_page(
     }
     pieces = (HERE / "page.html").read_text(encoding="utf-8").split("@@")
     pieces[1::2] = [parts[name] for name in pieces[1::2]]
+    files.make_folder(path.parent)
     files.replace(path, "".join(pieces).encode(errors="replace"))
     return path
 

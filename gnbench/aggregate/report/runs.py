@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
+from gnbench import zipped
 from gnbench.aggregate.statistics import differing
 from gnbench.aggregate.study import Study
 
@@ -46,6 +47,8 @@ MEASURED |= {"steps": "step"}
 def runs_table(studies: Sequence[tuple[Study, pd.DataFrame]], folder: Path) -> dict[str, Any]:
     """Return all runs in columns, with a link from ``folder`` to the directory of each.
 
+    There is none, but an empty text, into an archive.
+
     Beside a study stands what the last rows of the metrics add, by run id.
     """
     tables, settings = [], dict[str, None]()
@@ -62,14 +65,21 @@ def runs_table(studies: Sequence[tuple[Study, pd.DataFrame]], folder: Path) -> d
         if name in HIDDEN_IF_SAME and table[name].nunique(dropna=False) < 2:
             continue
         columns.append({"key": name, "title": title, **_column(table[name], name)})
-    links = [os.path.relpath(directory, folder) for directory in table["directory"]]
+    links = [
+        "" if zipped.archive_of(Path(directory)) else _link(directory, folder)
+        for directory in table["directory"]
+    ]
     return {
         "study": [number for number, length in enumerate(lengths) for _ in range(length)],
         "id": [str(run_id) for run_id in table["run_id"]],
-        "link": [quote(os.fsencode(link)) + "/" for link in links],
+        "link": links,
         "log": [int(Path(path, "gnbench.log").is_file()) for path in table["directory"]],
         "columns": columns,
     }
+
+
+def _link(directory: str, folder: Path) -> str:
+    return quote(os.fsencode(os.path.relpath(directory, folder))) + "/"
 
 
 def _column(values: pd.Series[Any], name: str) -> dict[str, Any]:

@@ -140,7 +140,7 @@ function drawRuns() {
       row.append(cell);
     }
     const directory = document.createElement("td");
-    directory.append(link(links[run], id[run]));
+    directory.append(links[run] ? link(links[run], id[run]) : id[run]);
     if (log[run]) directory.append(" ", link(`${links[run]}gnbench.log`, "log"));
     row.append(directory);
     body.append(row);
