@@ -33,7 +33,11 @@ log = logging.getLogger(__name__)
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it raises as well
 
 # What a component raises for settings that it cannot take.
-REFUSALS = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError)
+REFUSALS = (
+    *(ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError),
+    AssertionError,
+)
+OLD_STATISTICS = 0.05  # of Batch Renorm, above which it is warned of
 
 
 def build_model(config: RunConfig) -> nn.Module:
@@ -254,10 +258,19 @@ def _tell_norms(config: RunConfig, model: nn.Module, forward_passes: int, leads:
         if isinstance(layer, BatchRenorm):
             layer.forward_passes = forward_passes
         groups = getattr(layer, "num_groups", getattr(layer, "groups", None))
-        if groups is not None and not isinstance(layer, nn.Conv2d):
+        if groups is not None and "GroupNorm" in type(layer).__name__:
             chosen.append(f"{groups} in {name}")
         if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is None:
             untracked.append(name)
+    renorms = [layer for layer in model.modules() if isinstance(layer, BatchRenorm)]
+    if leads and renorms and (left := renorms[0].initial_share()) > OLD_STATISTICS:
+        log.warning(
+            "norm=%s: when its limits are open, %.0f %% of its running statistics are still those "
+            "before the training, which has %s forward passes: norm.momentum=0.1 forgets faster",
+            config.norm.name,
+            100 * left,
+            f"{forward_passes:,}",
+        )
     if leads and config.norm.get("num_groups") == "auto":
         log.info("norm.num_groups=auto: groups: %s", ", ".join(chosen))
     if leads and untracked:

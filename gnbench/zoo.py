@@ -345,12 +345,17 @@ def _children(module: nn.Module) -> list[nn.Module]:
 def _take_over(new: nn.Module, old: nn.BatchNorm2d) -> list[str]:
     """Copy γ, β and what else both have in the same shape; return the names of what they have not.
 
-    A γ that the network starts at 0 (timm's ``zero_init_last``) does so with every norm.
+    Batches are counted anew: by their number Batch Renorm sets its limits, and an average that is
+    cumulative how much a batch weighs. A γ that the network starts at 0 (timm's ``zero_init_last``)
+    does so with every norm.
     """
     fresh = []
     tensors: dict[str, Tensor | None] = dict(old.named_parameters()) | dict(old.named_buffers())
     for name, tensor in [*new.named_parameters(), *new.named_buffers()]:
-        source = tensors.get(name.rpartition(".")[2])
+        own = name.rpartition(".")[2]
+        if own == "num_batches_tracked":
+            continue
+        source = tensors.get(own)
         if source is not None and source.shape == tensor.shape:
             tensor.copy_(source)
         else:

@@ -267,6 +267,14 @@ def damage(root):
     ]
 
 
+def test_a_pipe_is_no_picture(tmp_path, caplog):
+    root = tree(tmp_path / "pictures", {"a": 3, "b": 3})
+    os.mkfifo(root / "a" / "pipe.png")
+    with caplog.at_level("INFO", "gnbench"):
+        assert len(loaded(root).train_images) == 4
+    assert "pipes, sockets and devices, which are not read: 1" in caplog.text
+
+
 def test_unreadable_pictures_are_named_and_refused(tmp_path, caplog):
     root = tmp_path / "pictures"
     names = damage(root)

@@ -262,6 +262,8 @@ REFUSED = {
     "norm._target_=tests.hostile.leave": "a _target_ ends the program",
     # Settings that the chosen option does not have.
     "norm=bn norm.num_groups=8": "norm.num_groups=8: norm=bn has no such setting, only eps, ",
+    "norm=bn norm.track_running_stats=false": r"affine; .* write \+norm.track_running_stats=false",
+    "norm=gn norm.standardize_weights=true": r"at_most, .* write \+norm.standardize_weights=true",
     "norm=none norm.eps=1": "norm.eps=1: norm=none has no such setting",
     "-m norm=bn,gn norm.num_groups=8": f"norm=bn has no such setting, only eps, .*; {VARIANT}",
     "-m optimizer=adamw,sgd optimizer.betas=[0.5,0.9]": "optimizer=sgd has no such setting",

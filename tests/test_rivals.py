@@ -327,6 +327,25 @@ def test_every_convolution_is_standardized_with_any_norm():
     assert max(c.weight.detach().flatten(1).mean(1).abs().max() for c in plain) > 1e-3
 
 
+def test_standardized_weights_in_channels_last_and_in_bf16(x):
+    def trained(inputs, memory_format=torch.contiguous_format, dtype=torch.float32):
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Conv2d(12, 8, 3, padding=1), group_norm(8, 4))
+        standardize_weights(block)
+        inputs = inputs.clone(memory_format=memory_format).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            output = block(inputs)
+        output.float().square().sum().backward()
+        return [output.float(), inputs.grad.float(), block[0].parametrizations.weight.original.grad]
+
+    plain = trained(x.float())
+    for one, other in zip(trained(x.float(), torch.channels_last), plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    output, expected = trained(x.float(), dtype=torch.bfloat16)[0], plain[0]
+    bound = 2**-5 * expected.abs().max().item()
+    torch.testing.assert_close(output, expected, rtol=2**-5, atol=bound)
+
+
 def test_standardization_refuses_filters_of_a_single_weight():
     with pytest.raises(ValueError, match="the filters of 0 hold a single weight"):
         standardize_weights(nn.Sequential(nn.Conv2d(1, 4, 1)))
@@ -416,6 +435,40 @@ def test_chosen_groups_are_said_by_layer(caplog):
     build_training(config, load(config.dataset))
     [line] = [r.getMessage() for r in caplog.records if "auto" in r.getMessage()]
     assert line.startswith("norm.num_groups=auto: groups: 8 in features.0.1, 8 in features.0.4, ")
+
+
+def test_only_groups_of_group_norms_are_said(caplog):
+    caplog.set_level("INFO")
+    config = compose("dataset=fashion_mini", "norm=gn_auto", "model=torchvision", "device=cpu")
+    build_training(config, load(config.dataset))
+    [line] = [r.getMessage() for r in caplog.records if "num_groups=auto" in r.getMessage()]
+    assert line.startswith("norm.num_groups=auto: groups: 32 in bn1, 32 in layer1.0.bn1, ")
+
+
+def test_at_most_goes_with_auto_alone():
+    with pytest.raises(ValueError, match="at_most=3: goes with num_groups=auto, not 4"):
+        group_norm(8, 4, at_most=3)
+
+
+def test_old_running_statistics_of_batch_renorm_are_warned_of(caplog):
+    for epochs, words in ((3, "6 % of its"), (4, None)):  # 0.99 to the power of 0.19 · steps
+        caplog.clear()
+        config = compose(*FASHION, "norm=brn", "batch_size=4", f"epochs={epochs}", "device=cpu")
+        build_training(config, load(config.dataset))
+        said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert [words in line for line in said] == ([] if words is None else [True])
+
+
+def test_a_layer_that_asserts_is_refused_by_its_name():
+    with pytest.raises(ConfigError, match=r"model=simplenetv2, norm=bn.*: AssertionError"):
+        compose(*FASHION, "norm=bn", "norm._target_=tests.test_rivals.Asserting")
+
+
+class Asserting(nn.BatchNorm2d):
+    """A layer that will have no input."""
+
+    def forward(self, input):
+        raise AssertionError
 
 
 def test_batch_norm_without_running_statistics_says_what_it_does_at_evaluation(caplog):

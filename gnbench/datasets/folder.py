@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import os
+import stat
 import time
 import warnings
 from collections import Counter
@@ -317,6 +318,9 @@ def _pictures(
                 counts["pictures in folders below a class folder"] += 1
             try:
                 status = file.stat()
+                if not stat.S_ISREG(status.st_mode):  # to read from a pipe is to wait
+                    counts["pipes, sockets and devices, which are not read"] += 1
+                    continue
                 size, mtime = status.st_size, status.st_mtime_ns
             except OSError:  # a link to nothing: it is going to be unreadable
                 size = mtime = 0

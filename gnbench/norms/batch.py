@@ -133,6 +133,12 @@ class BatchRenorm(nn.BatchNorm2d):
         d_share = ((done - self.begin) / (self.d_end - self.begin)).clamp(0, 1)
         return 1 + r_share * (self.r_max - 1), d_share * self.d_max
 
+    def initial_share(self) -> float:
+        """Return how much of the running statistics is as before the training when d is open."""
+        if self.momentum is None or self.forward_passes is None:
+            return 0.0
+        return float((1 - self.momentum) ** (self.d_end * self.forward_passes))
+
     def forward(self, input: Tensor) -> Tensor:
         """Normalize each channel of ``input`` (N,C,H,W)."""
         if not self.training:

@@ -109,6 +109,8 @@ def choose_groups(
     at_most: int = 32,
 ) -> int:
     """Return the number of groups of so many channels; arguments and errors as `group_norm`."""
+    if num_groups != "auto" and at_most != 32:
+        raise ValueError(f"at_most={at_most}: goes with num_groups=auto, not {num_groups}")
     if num_groups == "auto" and channels_per_group is None:
         if at_most < 1:
             raise ValueError(f"at_most={at_most}: must be at least 1")

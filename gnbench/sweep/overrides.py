@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import pkgutil
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
@@ -74,10 +77,22 @@ def explained(
         own = [str(k) for k in config[group] if k != "name" and not str(k).startswith("_")]
         line += f": {group}={config.hydra.runtime.choices[group]} has no such setting"
         line += f", only {', '.join(own)}" if own else ""
+        if _taken(config, group, key):
+            line += f"; its default is not in the file: write +{_first(setting)}"
         if sweep:
             line += "; give it to one of several by a variant: norm=bn,gn8 (docs/extending.md)"
         return ConfigError(line)
     return error
+
+
+def _taken(config: Any, group: str, key: str) -> bool:
+    """Tell whether what YAML names takes a setting that YAML does not have."""
+    leaf = key.partition(".")[2]
+    try:
+        taken = inspect.signature(pkgutil.resolve_name(config[group]["_target_"])).parameters
+    except (ImportError, AttributeError, TypeError, ValueError, LookupError):
+        return False
+    return leaf in taken or (group == "norm" and leaf == "standardize_weights")
 
 
 def _first(override: Override) -> str:
