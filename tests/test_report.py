@@ -119,6 +119,17 @@ def test_published_values_are_overlaid_where_they_fit(demo):
     }  # fmt: skip
 
 
+def test_values_of_a_network_of_another_size_are_not_overlaid(tmp_path, capsys):
+    small = {"model.channels": [16, 32, 64], "model.hidden": 64}
+    study = tmp_path / "outputs" / "small"
+    put(study, 20.0, *(f"{key}={value}".replace(" ", "") for key, value in small.items()))
+    written = page(study.parent, "small")
+    assert [panel["published"] for panel in data_of(written)["panels"]] == [[]]
+    assert "Published:" not in written.read_text()
+    write_studies(study.parent, reference="deuscher2021")
+    assert "figure.reference=deuscher2021: no values for these networks" in capsys.readouterr().out
+
+
 def test_the_table_of_runs_has_every_setting_that_differs_and_leads_to_each_directory(study):
     put(study, 30.0, "norm=gn", "optimizer.lr=0.01", batch_size=4, name="moved & renamed #1")
     (study / "moved & renamed #1" / "gnbench.log").write_text("hello\n")

@@ -16,7 +16,14 @@ from tabulate import tabulate
 from gnbench import cli, files
 from gnbench.aggregate.select import select_on_validation
 from gnbench.aggregate.statistics import differing, settings_of, summarize
-from gnbench.aggregate.study import Study, published, read_metrics, read_study, short_metrics
+from gnbench.aggregate.study import (
+    Study,
+    of_their_size,
+    published,
+    read_metrics,
+    read_study,
+    short_metrics,
+)
 from gnbench.config import Count, Folder, Settings, conf_dir
 from gnbench.config import Study as StudyName
 from gnbench.errors import ConfigError
@@ -107,7 +114,8 @@ def aggregate(config: AggregateConfig) -> list[Study]:
                 "(selected.csv)"
             )
         finished = runs[runs["status"].isin(FINISHED)]
-        if values is not None and study.runs.merge(values, on=["dataset", "model"]).empty:
+        fitting = None if values is None else of_their_size(values, study.runs)
+        if fitting is not None and study.runs.merge(fitting, on=["dataset", "model"]).empty:
             problem = f"figure.reference={look.reference}: no values for these networks"
             study.problems.append(problem)
         summary, metrics = summarize(runs), read_metrics(runs)
@@ -123,7 +131,7 @@ def aggregate(config: AggregateConfig) -> list[Study]:
             files.replace(study.tables / name, text.encode(errors="replace"))
         if not summary.empty:
             with figure.styled(look.style):
-                drawn = (summary, finished, look.order, look.baseline, values)
+                drawn = (summary, finished, look.order, look.baseline, fitting)
                 errors = figure.draw_errors(*drawn, paper=look.style == "paper")
                 for suffix in ("png", "svg", "pdf"):
                     figure.save(errors, study.tables / f"figure.{suffix}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from gnbench import zipped
+from gnbench import config, zipped
 from gnbench.config import all_settings, run_id
 from gnbench.errors import ConfigError, DamagedError
 from gnbench.runs.directory import FINISHED, read_record
@@ -24,10 +24,8 @@ CELL = ["dataset", "model", "norm", "batch_size"]
 VERSIONS = ["gnbench", "torch", "python"]
 NUMBERS = ["test_error", "test_error_final", "epochs_done", "seconds", "peak_memory_bytes"]
 NUMBERS += ["activation_bytes", "val_error"]
-LATER = [
-    "balanced_test_error",
-    "printed_error",
-]  # numbers that earlier versions did not record: no column without
+# Numbers that earlier versions did not record: no column without.
+LATER = ["balanced_test_error", "printed_error"]
 NUMBERS += LATER
 TEXTS = ["device", "engine", *VERSIONS, "started", "error"]
 RECORD = ["study", "run_id", "status", *CELL, "seed", *NUMBERS, *TEXTS, "directory"]
@@ -170,6 +168,18 @@ def all_published() -> pd.DataFrame:
     table["corrected"] = corrected.notna()
     table["test_error"] = corrected.fillna(table["test_error"])
     return table
+
+
+def of_their_size(published: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Leave out what was ``published`` of networks that ``runs`` have in another size."""
+    sizes = dict(_flattened({"model": config.LATER["gnbench.models.SimpleNetV2"]}))
+    others = {
+        model
+        for model, own in runs.groupby("model")
+        for name, size in sizes.items()
+        if name in own and (own[name].dropna() != size).any()
+    }
+    return published[~published["model"].isin(others)]
 
 
 def _row(study: str, run_dir: Path) -> dict[str, Any]:

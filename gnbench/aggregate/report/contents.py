@@ -29,7 +29,7 @@ from gnbench.aggregate.figure import (
 )
 from gnbench.aggregate.report.runs import MEASURED, runs_table
 from gnbench.aggregate.statistics import settings_of, summarize
-from gnbench.aggregate.study import CELL, RECORD, Study, all_published, read_metrics
+from gnbench.aggregate.study import CELL, RECORD, Study, all_published, of_their_size, read_metrics
 from gnbench.aggregate.verdict import Panel, panels
 from gnbench.runs.directory import FINISHED
 
@@ -213,7 +213,7 @@ def _add_study(
     besides = [name for name in settings if name != axis]
     beside = is_beside(one.summary, look.baseline)
     places: dict[tuple[str, str], int] = {}
-    published = all_published()
+    published = of_their_size(all_published(), one.runs)
     columns = {name: one.column(name) for name in HELD.values()}
     for values, (row, runs) in zip(_values(one), one.cells(), strict=True):
         key = (str(row["dataset"]), str(row["model"]))

@@ -17,7 +17,7 @@ from gnbench.aggregate.report.answer import Leader, bytes_held, leaders, mebibyt
 from gnbench.aggregate.report.commands import commands
 from gnbench.aggregate.report.contents import Look, Shown, contents
 from gnbench.aggregate.statistics import settings_of
-from gnbench.aggregate.study import Study, all_published, short_metrics
+from gnbench.aggregate.study import Study, all_published, of_their_size, short_metrics
 from gnbench.aggregate.verdict import Panel, comparison_rows, interval
 from gnbench.errors import ConfigError
 
@@ -144,7 +144,7 @@ def _answer(
         "How sure": f"{_mark(first)} {escape(first.sure())}",
         "Memory": escape(held),
     }
-    if below := _published_below(key, first.batch_size):
+    if below := _published_below(key, first.batch_size, pd.concat(cells.values())):
         size, text = below
         facts[f"At batch size {size}"] = escape(text)
     if first.diverged:
@@ -157,9 +157,9 @@ def _answer(
     )
 
 
-def _published_below(key: tuple[str, str], size: int) -> tuple[int, str] | None:
+def _published_below(key: tuple[str, str], size: int, runs: pd.DataFrame) -> tuple[int, str] | None:
     """Return what is published of a network at a smaller batch size than any that was run."""
-    table = all_published()
+    table = of_their_size(all_published(), runs)
     table = table[(table["dataset"] == key[0]) & (table["model"] == key[1])]
     if table.empty or table["batch_size"].min() >= size:
         return None
