@@ -217,6 +217,7 @@ def test_presets_that_are_grids_sweep_and_the_command_line_wins(cli, tmp_path):
     assert (tmp_path / "outputs" / "quickstart").is_dir()
 
 
+@pytest.mark.slow
 def test_no_command_imports_what_it_does_not_need(tmp_path):
     outputs = f"outputs={tmp_path}/outputs"
     assert imported(*tiny.OVERRIDES, outputs) == ["torch"]

@@ -240,6 +240,7 @@ def test_the_readers_of_runs_refuse_in_one_line_what_is_not_there(call, commands
     two_at_a_time(check, commands)
 
 
+@pytest.mark.slow
 def test_an_absolute_folder_for_outputs_is_the_user_s_choice(call, tmp_path):
     chosen = tmp_path / "elsewhere"
     code, _, err, report, written = call("gnbench", [f"outputs={chosen}"], [str(chosen)])
@@ -263,7 +264,8 @@ REFUSED = {
     # Settings that the chosen option does not have.
     "norm=bn norm.num_groups=8": "norm.num_groups=8: norm=bn has no such setting, only eps, ",
     "norm=bn norm.track_running_stats=false": r"affine; .* write \+norm.track_running_stats=false",
-    "norm=gn norm.standardize_weights=true": r"at_most, .* write \+norm.standardize_weights=true",
+    "norm=gn norm.num_groups=auto norm.at_most=4": r"affine; .* write \+norm.at_most=4",
+    "norm=gn norm.standardize_weights=true": r"affine; .* write \+norm.standardize_weights=true",
     "norm=none norm.eps=1": "norm.eps=1: norm=none has no such setting",
     "-m norm=bn,gn norm.num_groups=8": f"norm=bn has no such setting, only eps, .*; {VARIANT}",
     "-m optimizer=adamw,sgd optimizer.betas=[0.5,0.9]": "optimizer=sgd has no such setting",
@@ -336,10 +338,11 @@ def test_parts_of_one_s_own_and_a_name_that_yaml_takes_for_true(call, tmp_path):
     "arguments",
     [
         ["norm._target_=tests.hostile.leave"],
-        pytest.param(["-m", "norm=bn,gn", "norm.num_groups=8"], marks=pytest.mark.slow),
+        ["-m", "norm=bn,gn", "norm.num_groups=8"],
     ],
     ids=lambda arguments: arguments[-1],
 )
+@pytest.mark.slow
 def test_the_real_command_does_as_the_forks_do(cli, tmp_path, arguments):
     done = cli(*arguments, check=2)
     assert_refused(done.stderr, done.stdout, list(tmp_path.iterdir()), several=False)

@@ -322,6 +322,7 @@ def test_evaluations_are_means_over_seeds(tmp_path):
     assert all(entry["seeds"] == 2 for entry in found.values())
 
 
+@pytest.mark.slow
 def test_its_commands_train_the_very_runs_again(tmp_path):
     study = tmp_path / "demo"
     grid(study, sizes=(2, 4), seeds=2)
