@@ -84,7 +84,8 @@ def end(team: Iterable[Processes]) -> None:
         with suppress(ProcessLookupError):  # it does not lead a group yet, or all have ended
             os.killpg(child.pid, signal.SIGKILL)
         child.kill()
-        child.join()
+        while child.is_alive():  # the executor's thread waits as well: one is told late
+            child.join()
 
 
 # What follows is done in such a process.
