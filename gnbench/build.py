@@ -34,8 +34,13 @@ logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it r
 
 # What a component raises for settings that it cannot take.
 REFUSALS = (
-    *(ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError),
+    ArithmeticError,
     AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
 )
 OLD_STATISTICS = 0.05  # of Batch Renorm, above which it is warned of
 
@@ -253,17 +258,17 @@ def build_training(
 
 def _tell_norms(config: RunConfig, model: nn.Module, forward_passes: int, leads: bool) -> None:
     """Tell the norms how long the training is, and the user what they do at evaluation."""
-    chosen, untracked = [], []
+    chosen, untracked, left = [], [], 0.0
     for name, layer in model.named_modules():
         if isinstance(layer, BatchRenorm):
             layer.forward_passes = forward_passes
+            left = layer.initial_share()
         groups = getattr(layer, "num_groups", getattr(layer, "groups", None))
         if groups is not None and "GroupNorm" in type(layer).__name__:
             chosen.append(f"{groups} in {name}")
         if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is None:
             untracked.append(name)
-    renorms = [layer for layer in model.modules() if isinstance(layer, BatchRenorm)]
-    if leads and renorms and (left := renorms[0].initial_share()) > OLD_STATISTICS:
+    if leads and left > OLD_STATISTICS:
         log.warning(
             "norm=%s: when its limits are open, %.0f %% of its running statistics are still those "
             "before the training, which has %s forward passes: norm.momentum=0.1 forgets faster",

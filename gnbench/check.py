@@ -151,9 +151,11 @@ def _check_rates(config: RunConfig) -> None:
 
 def _check_order(config: RunConfig) -> None:
     """Refuse a training that ends in the midst of the classes."""
+    if config.dataset.order != "sorted_by_class":
+        return
     epoch = steps_per_epoch(config.dataset.images, config.sgd_batch, drops_last(config))
     steps = training_length(config)[0]
-    if config.dataset.order == "sorted_by_class" and steps % epoch:
+    if steps % epoch:
         raise ConfigError(
             f"dataset.order=sorted_by_class batch.fixed={config.batch.fixed}: {steps:,} steps, of "
             f"{epoch:,} an epoch, would end before the last classes have come; choose "
