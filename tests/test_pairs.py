@@ -28,6 +28,7 @@ def paired(tmp_path):
 
 def compared(tmp_path, **more):
     given = {"outputs": str(tmp_path), "a": "a", "b": "b", "write": None}
+    given |= {"against": "bn", "margin": 1.0}
     return compare(CompareConfig.parse(given | more))
 
 
