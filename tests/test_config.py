@@ -71,7 +71,7 @@ def test_compose_leaves_the_hydra_application_around_it_alone():
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.parts[0] in GROUPS], ids=str)
 def test_every_yaml_composes_into_a_run_that_can_be_trained(file, tmp_path):
-    choice = f"{file.parts[0]}={file.stem}"
+    choice = f"{file.parts[0]}={file.relative_to(file.parts[0]).with_suffix('')}"
     if choice == "dataset=folder":
         root = pictures.tree(tmp_path / "pictures", {"a": 40, "b": 40})
         choices = (choice, f"dataset.root={root}", f"dataset.cache={tmp_path}")
