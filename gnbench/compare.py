@@ -36,8 +36,8 @@ class CompareConfig(Settings):
     outputs: Folder
     a: Folder | None
     b: Folder | None
-    against: str
-    margin: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    against: str | None
+    margin: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
     write: Folder | None
 
 
@@ -62,6 +62,11 @@ def compare(config: CompareConfig) -> bool:
     sources = all_published()["source"].unique()
     if config.b in sources and not is_study(Path(config.outputs, config.b)):
         return _replicated(config, target)
+    for name in ("against", "margin"):
+        if (value := getattr(config, name)) is not None:
+            raise ConfigError(
+                f"{name}={value}: is for published values ({', '.join(sources)}); leave it out"
+            )
     try:
         places = [find(name, config.outputs) for name in (config.a, config.b)]
     except ConfigError as error:
@@ -87,23 +92,19 @@ def compare(config: CompareConfig) -> bool:
 
 def _replicated(config: CompareConfig, target: Path | None) -> bool:
     """Hold a study against published values, and say what was found."""
-    from gnbench.aggregate import replication
+    from gnbench.aggregate import replication, replication_verdict
     from gnbench.aggregate.study import published, read_study
 
     study, values = read_study(find(str(config.a), config.outputs)), published(str(config.b))
-    networks = replication.replicate(study, values, config.against, config.margin)
-    recipe = replication.recipe(study, str(config.b))
+    margin = config.margin or replication.MARGIN
+    networks = replication.replicate(study, values, config.against, margin)
+    said = (study, values, networks, replication_verdict.recipe(study, str(config.b)), margin)
     cli.composed()
-    described = (study, values, networks, recipe, config.margin)
-    print(replication.describe(*described, form="plain"))
-    if target is not None:
-        csv = target.suffix == ".csv"
-        _write(
-            target,
-            replication.table(networks).to_csv(index=False)
-            if csv
-            else replication.describe(*described, form="github"),
-        )
+    print(replication_verdict.describe(*said, form="plain"))
+    if target is not None and target.suffix == ".csv":
+        _write(target, replication_verdict.table(networks).to_csv(index=False))
+    elif target is not None:
+        _write(target, replication_verdict.describe(*said, form="github"))
     return replication.overall(networks) in (replication.REPLICATED, replication.CONSISTENT)
 
 
