@@ -115,7 +115,7 @@ def _hosts(study: Study) -> set[str]:
 def neutral(record: Mapping[str, Any], hosts: Collection[str] = ()) -> dict[str, Any]:
     """Return a record that tells of no place: no path, no address, none of ``hosts``.
 
-    The run keeps its name.
+    The run keeps its name; of an error only its type is told.
 
     Raises:
         ConfigError: if a setting that makes the run what it is names a place.
@@ -139,6 +139,9 @@ def neutral(record: Mapping[str, Any], hosts: Collection[str] = ()) -> dict[str,
         for key, value in config.items()
     }
     told = {k: v if k in VOCABULARY else _cleaned(v, hidden) for k, v in record.items()}
+    if isinstance(error := record.get("error"), str):
+        kind = error.partition(":")[0]  # the rest may name whatever it likes
+        told["error"] = f"{kind}: …" if kind.isidentifier() else "…"
     return {key: settings if key == "config" else told[key] for key in told}
 
 

@@ -204,13 +204,20 @@ def _which(chosen: Sequence[Pair], cells: Sequence[Pair]) -> str:
 
 def _why(unknown: Sequence[Pair]) -> str:
     """Say why nothing can be said of cells."""
-    diverged = {one.a.diverged or one.b.diverged for one in unknown}
-    reasons = {
-        "runs diverged": True,
-        "no cell of the network has seeds that differ, and networks of one seed each are told "
-        "apart by correct.npy of the same test images only": False,
-    }
-    return "; ".join(reason for reason, so in reasons.items() if so in diverged)
+    from gnbench.aggregate.verdict import NO_VARIANCE
+
+    reasons: dict[str, None] = {}
+    for one in unknown:
+        if one.a.diverged or one.b.diverged:
+            reasons["runs diverged"] = None
+        elif not (one.a.usable and one.b.usable):
+            reasons[NO_VARIANCE] = None
+        else:
+            reasons[
+                "no cell of the network has seeds that differ, and networks of one seed each are "
+                "told apart by correct.npy of the same test images only"
+            ] = None
+    return "; ".join(reasons)
 
 
 def describe(studies: Sequence[Study], found: Pairs, verdict: Sequence[str], form: str) -> str:

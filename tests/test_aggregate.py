@@ -200,6 +200,12 @@ def test_a_half_written_run_never_breaks_it(study):
     changes = [{"config": config | {key: value}} for key, value in odd.items()]
     changes += [{"versions": "x"}, {"result": [1]}, {"result": None}, {"result": {}},
                 {"result": {"test_error": "5"}}, {"seconds": "x"}]  # fmt: skip
+    for value in (10**400, 2**63, -1, True, float("nan"), float("inf")):
+        changes += [{"config": config | {key: value}} for key in ("batch_size", "seed")]
+        changes += [{"seconds": value}, {"peak_memory_bytes": value}]
+        changes += [{"result": {"test_error": value, "epochs": 3}}]
+    changes += [{"config": config | {"batch_size": 0}}, {"result": {"test_error": 100.5}}]
+    changes += [{"config": config | {"dataset": config["dataset"] | {"test_images": 10**400}}}]
     for number, change in enumerate(changes):
         run = put(study, 1.0, "norm=gn", name=f"odd{number}")
         run.record_path.write_text(json.dumps(run.record() | change))

@@ -12,6 +12,7 @@ from gnbench.aggregate.compare import (
     Line,
     cell_of,
     compare,
+    compared,
     holm,
     mcnemar,
     pool,
@@ -156,6 +157,18 @@ def test_nothing_is_interpolated_across_a_batch_size_that_diverged():
     assert "]) and 32 (-4.00 [" in text
     assert "do not cross" not in text
     assert "not shown by these data. What happens about 8 is not known." in text
+
+
+def test_an_error_of_none_is_not_called_diverged():
+    """It has no variance to be tested by; McNemar's test of single networks needs none."""
+    runs = study({"bn": {2: [0.5, 0.7]}, "gn": {2: [0.0, 0.0]}})
+    assert "not compared at 2, where an error of 0 or 100 % has no variance" in said(runs)
+    runs["status"] = ["completed", "completed", "diverged", "completed"]
+    assert "not compared at 2, where runs diverged" in said(runs)
+    wrong = np.ones((1, 1000), dtype=bool)
+    wrong[0, :20] = False
+    one = compared(2, cell(0, correct=np.ones_like(wrong)), cell(2, correct=wrong), None, None)
+    assert one.mcnemar == pytest.approx(2 * 0.5**20)
 
 
 def test_a_crossing_that_is_shown_is_said():

@@ -238,6 +238,25 @@ def test_what_diverged_is_not_the_best_and_is_named(study):
     assert "Diverged (1) cifar10-simplenetv2-gn-bs2-seed9" in section(path, "gaps")
 
 
+def test_an_error_of_none_is_the_lowest_and_has_not_diverged(tmp_path):
+    for seed in (0, 1, 2):
+        put(tmp_path / "exact", 0.5 + seed / 10, "norm=bn", seed=seed)
+        put(tmp_path / "exact", 0.0, "norm=gn", seed=seed)
+    written = page(tmp_path, "exact")
+    assert "Lowest test error GN : 0.00 % (3 seeds, no interval)" in section(written, "answer")
+    assert "an error of 0 or 100 % has no variance" in section(written, "answer")
+    assert "Diverged" not in section(written, "answer")
+
+
+@pytest.mark.parametrize("cell", ["1" + "0" * 400, "inf", "nan"])
+def test_numbers_that_are_none_cost_their_epoch(tmp_path, cell):
+    run = put(tmp_path / "odd", 15.0, "norm=gn")
+    header, *rows = run.metrics_path.read_text().splitlines()
+    run.metrics_path.write_text("\n".join([header, *rows, ",".join([cell] * 11), ""]))
+    [curve] = data_of(page(tmp_path, "odd"))["curves"]["runs"].values()
+    assert len(curve["test_error"]) == 3
+
+
 def test_what_is_missing_failed_or_damaged_is_named(study):
     put(study, 1.0, "norm=gn", batch_size=2, seed=7, status="failed")
     put(study, 1.0, "norm=gn", batch_size=2, seed=8, status="out_of_memory")

@@ -204,9 +204,9 @@ def compared(
 ) -> Comparison:
     """Compare ``cell`` with ``other``, by the pooled variances of reported and of last errors."""
     found = Comparison(size, cell.seeds, other.seeds, cell.mean - other.mean)
-    if not (cell.usable and other.usable):
+    if cell.diverged or other.diverged:
         return found
-    if pooled is not None:
+    if pooled is not None and cell.usable and other.usable:
         found.error = math.sqrt(pooled.variance(cell) + pooled.variance(other))
         half = pooled.quantile() * found.error
         found.ci_low, found.ci_high = found.difference - half, found.difference + half
@@ -216,7 +216,7 @@ def compared(
         return found
     final, other_final = of_last_epoch(one), of_last_epoch(two)
     found.final_difference = final.mean - other_final.mean
-    if final_pool is not None:
+    if final_pool is not None and final.usable and other_final.usable:
         # The variance of the mean over images of how much more often one errs on each.
         of_images = 100**2 * float(np.var(two.mean(axis=0) - one.mean(axis=0), ddof=1))
         variance = final_pool.variance(final) + final_pool.variance(other_final)

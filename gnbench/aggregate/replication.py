@@ -85,10 +85,10 @@ def replicate(
 ) -> list[Network]:
     """Hold the finished runs of ``study`` against ``published`` values (of one source).
 
-    Of a network that was published as it is, contrasts are compared: every norm less ``against`` (BN,
-    if it is None) at each batch size, and the change of every norm over the batch sizes (a straight
-    line over their logarithm), where both have the cells. With the variance over seeds s² pooled over the cells,
-    n seeds here and n′ there, Δ = found − published, a contrast is
+    Of a network that was published as it is, contrasts are compared: every norm less ``against``
+    (BN, if it is None) at each batch size, and the change of every norm over the batch sizes (a
+    straight line over their logarithm), where both have the cells. With the variance over seeds s²
+    pooled over the cells, n seeds here and n′ there, Δ = found − published, a contrast is
 
     - *replicated* if |Δ| is shown to be less than ``margin``, by two one-sided tests at 5 %
       (Schuirmann 1987);

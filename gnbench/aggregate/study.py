@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from gnbench import config, zipped
@@ -125,7 +126,8 @@ def read_metrics(table: pd.DataFrame) -> pd.DataFrame:
         for header, rows in lines.items()
     ]
     metrics = pd.concat(tables).apply(pd.to_numeric, errors="coerce")
-    metrics = metrics.dropna(subset=["epoch", "test_wrong", "test_total"])
+    counts = metrics[["epoch", "test_wrong", "test_total"]].astype(float)
+    metrics = metrics[np.isfinite(counts).all(axis=1)]
     metrics = metrics.drop_duplicates(["run", "epoch"], keep="last").set_index("run")
     cells = table[["run_id", *CELL, "seed"]].reset_index(drop=True)
     return cells.join(metrics, how="inner").reset_index(drop=True)
@@ -211,10 +213,16 @@ def _row(study: str, run_dir: Path) -> dict[str, Any]:
     kinds: dict[str, Any] = {"batch_size": int, "seed": int}
     kinds |= dict.fromkeys(NUMBERS, int | float | None)
     for name, kind in kinds.items():
-        if not isinstance(row[name], kind):
-            raise TypeError(f"{name}={row[name]!r}")
+        value = row[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{name}={value!r}")
+        most = 100 if name.endswith("error") else config.LARGEST
+        if value is not None and not int(name == "batch_size") <= value <= most:  # or it is NaN
+            raise ValueError(f"{name} is not from {int(name == 'batch_size')} to {most}")
     row |= {name: str(row[name]) for name in TEXTS if row[name] is not None}
     for name, value in flattened(settings):
+        if isinstance(value, int) and abs(value) > config.LARGEST:
+            raise ValueError(f"{name} is too large a number")
         row.setdefault(name, value)
     return row
 

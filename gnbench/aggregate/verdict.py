@@ -25,6 +25,7 @@ NUMBERS = ["batch_size", "n_seeds", "n_seeds_against", "difference", "ci_low", "
 NUMBERS += ["p", "p_holm", "family", "detectable"]
 NUMBERS += ["final_difference", "final_low", "final_high", "mcnemar"]
 COLUMNS = ["dataset", "model", "line", "against", *NUMBERS]
+NO_VARIANCE = "an error of 0 or 100 % has no variance"
 Panels = Mapping[tuple[str, str], "Panel"]
 
 
@@ -151,7 +152,12 @@ class Panel:
                     f"(McNemar, p {p_value(one.mcnemar, '= ')}); that says nothing of other seeds."
                 )
         if untested:
-            said.append(f"{names}: not compared at {_listed(untested)}, where runs diverged.")
+            pairs = {size: (line.cells[size], line.reference.cells[size]) for size in untested}
+            diverged = [s for s, pair in pairs.items() if any(cell.diverged for cell in pair)]
+            exact = [size for size in untested if size not in diverged]
+            for sizes, why in ((diverged, "runs diverged"), (exact, NO_VARIANCE)):
+                if sizes:
+                    said.append(f"{names}: not compared at {_listed(sizes)}, where {why}.")
         return said
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from gnbench.aggregate.compare import Comparison, Line, compare
-from gnbench.aggregate.verdict import Panel, interval, p_value
+from gnbench.aggregate.verdict import NO_VARIANCE, Panel, interval, p_value
 
 MIB = 2**20
 
@@ -50,6 +50,9 @@ class Leader:
         one = self.against
         next_one = f"the next, {self.next_line.label}, errs {one.difference:.2f} points more"
         if one.ci_low is None:
+            cells = [line.cells[self.batch_size] for line in (self.line, self.next_line)]
+            if not all(cell.usable for cell in cells):
+                return f"Not shown: {next_one}, but {NO_VARIANCE}."
             if max(one.n_seeds, one.n_seeds_against) > 1:
                 why = "no spread over seeds is known"
             else:
@@ -73,9 +76,9 @@ def leaders(panel: Panel, registered: list[int]) -> list[Leader]:
     found, pairs = [], []
     for size in sizes:
         there = [line for line in panel.lines if size in line.cells]
-        usable = [line for line in there if line.cells[size].usable]
-        diverged = [line.label for line in there if not line.cells[size].usable]
-        ranked = sorted(usable, key=lambda line: line.cells[size].mean)
+        diverged = [line.label for line in there if line.cells[size].diverged]
+        ended = [line for line in there if not line.cells[size].diverged]
+        ranked = sorted(ended, key=lambda line: line.cells[size].mean)
         if not ranked:
             continue
         best, second = ranked[0], ranked[1] if len(ranked) > 1 else None
@@ -90,7 +93,9 @@ def leaders(panel: Panel, registered: list[int]) -> list[Leader]:
         Leader(
             size,
             best,
-            None if panel.pooled is None else panel.pooled.half(best.cells[size]),
+            None
+            if panel.pooled is None or not best.cells[size].usable
+            else panel.pooled.half(best.cells[size]),
             second,
             None if pair is None else pair.comparisons[0],
             diverged,
