@@ -241,6 +241,13 @@ def test_bad_input_is_refused(study, changed, message):
     assert {path.name for path in study.parent.iterdir()} == {"demo"}
 
 
+def test_a_zip_without_a_study_says_so(tmp_path):
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as opened:
+        opened.writestr("notes.txt", "hello")
+    with pytest.raises(ConfigError, match=r"other\.zip: holds no study; take one that"):
+        read_runs(tmp_path / "other.zip")
+
+
 def test_the_commands_on_archives(cli, tmp_path, study):
     done = cli("study=demo", module="gnbench.archive", check=0)
     assert done.stdout.startswith("outputs/demo.zip: 9 runs, ")

@@ -98,6 +98,10 @@ def find_studies(
         raise ConfigError(f"outputs={outputs}: is an archive, this needs a folder of studies")
     found = [folder for folder in sorted(zipped.glob(root, "*/")) if is_study(folder)]
     chosen = [folder for folder in found if study in (None, folder.name)]
+    if not found and zipped.archive_of(root):
+        raise ConfigError(
+            f"outputs={outputs}: holds no study; take one that python -m gnbench.archive wrote"
+        )
     if not found:
         raise ConfigError(f"outputs={outputs}: no runs there yet; begin with: python -m gnbench")
     if not chosen:
