@@ -19,6 +19,7 @@ from statistics import fmean
 from types import FrameType
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
@@ -26,7 +27,8 @@ from gnbench.config import RunConfig, run_id
 from gnbench.errors import ConfigError, DamagedError
 from gnbench.runs.directory import RunDirectory
 from gnbench.runs.lock import LOCK
-from gnbench.sweep.account import failed, objective, planned
+from gnbench.sweep.account import configs, failed, objective, planned
+from gnbench.sweep.workers import at_a_time
 from gnbench.train import distributed
 
 log = logging.getLogger(__name__)
@@ -51,13 +53,14 @@ def prepare(launcher: DictConfig) -> None:
     """Have the launcher of a sweep survive what its workers meet.
 
     Raises:
-        ConfigError: if its plugin is not installed, or under torchrun, whose processes are one run.
+        ConfigError: if its plugin is not installed, or under torchrun, whose processes are one run,
+            it is told to have several workers.
     """
     module, _, name = launcher._target_.rpartition(".")
     extra = next((e for package, e in EXTRAS.items() if module.startswith(package)), None)
     if extra is None:
         return
-    if distributed.world_size() > 1:
+    if distributed.world_size() > 1 and launcher.get("n_jobs") != 0:  # which is joblib's default
         raise ConfigError(f"hydra/launcher: {extra} and torchrun do not go together; choose one")
     try:
         plugin = getattr(importlib.import_module(module), name)
@@ -68,15 +71,20 @@ def prepare(launcher: DictConfig) -> None:
         ) from error
     if name == "SlurmLauncher" and not shutil.which("srun"):
         raise ConfigError("hydra/launcher: no cluster here (Slurm's srun is not on PATH)")
-    wrap = {"joblib": _surviving, "ray": _interruptible, "slurm": _complete}[extra]
+    wrap = {"joblib": _side_by_side, "ray": _interruptible, "slurm": _complete}[extra]
     if not hasattr(plugin.launch, "__wrapped__"):
-        plugin.launch = wrap(plugin.launch)
+        plugin.launch = _hearing_of_failures(wrap(plugin.launch))
 
 
 def is_remote(launcher: DictConfig) -> bool:
     """Tell whether runs may land on other machines, which this one cannot speak for."""
     ray_cluster = launcher.get("ray") and launcher.ray.init.get("address")
     return launcher._target_.endswith(".SlurmLauncher") or bool(ray_cluster)
+
+
+def is_command() -> bool:
+    """Tell the process of the command from those of workers."""
+    return _in_command
 
 
 def enter() -> None:
@@ -141,6 +149,47 @@ def _at_work() -> set[tuple[int, str]]:
                     if (file := str(link.readlink())) in locks:
                         found.add((pid, file))
     return found
+
+
+def _hearing_of_failures(launch: Launch) -> Launch:
+    """Take over what workers have seen fail; this process knows but its own failures."""
+
+    @functools.wraps(launch)
+    def launch_all(*arguments: Any, **numbers: Any) -> Sequence[JobReturn]:
+        returns = launch(*arguments, **numbers)
+        for one in returns:
+            failed.update(getattr(one._return_value, "failed", {}))
+        return returns
+
+    return launch_all
+
+
+def _side_by_side(launch: Launch) -> Launch:
+    """Carry out as many cells at a time as were chosen, or fit; a single one in this process."""
+    surviving = _surviving(launch)
+
+    @functools.wraps(launch)
+    def launch_all(
+        launcher: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        chosen = launcher.joblib["n_jobs"]
+        runs = [] if chosen else configs or [_parsed(launcher, cell) for cell in job_overrides]
+        workers = chosen or min(at_a_time(runs), len(job_overrides))
+        if workers == 1:
+            basic = BasicLauncher()
+            basic.setup(
+                hydra_context=launcher.hydra_context,
+                task_function=launcher.task_function,
+                config=launcher.config,
+            )
+            return basic.launch(job_overrides, initial_job_idx)
+        launcher.joblib["n_jobs"] = workers
+        try:
+            return surviving(launcher, job_overrides, initial_job_idx)
+        finally:
+            launcher.joblib["n_jobs"] = chosen  # a sweeper may launch again, more or fewer cells
+
+    return launch_all
 
 
 def _surviving(launch: Launch) -> Launch:
