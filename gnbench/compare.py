@@ -1,14 +1,18 @@
-"""``python -m gnbench.compare a b``: two studies side by side, and whether they are equal."""
+"""``python -m gnbench.compare a b``: two studies side by side, and whether they are equal.
+
+``b`` may be a source of published values: whether the study repeats their contrasts.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import hydra
 from omegaconf import DictConfig
+from pydantic import Field
 from tabulate import tabulate
 
 from gnbench import cli, files, zipped
@@ -32,11 +36,15 @@ class CompareConfig(Settings):
     outputs: Folder
     a: Folder | None
     b: Folder | None
+    against: str | None
+    margin: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
     write: Folder | None
 
 
 def compare(config: CompareConfig) -> bool:
     """Compare two studies, say what was found, and tell whether they are equal within noise.
+
+    Held against published values, whether every contrast is replicated or consistent.
 
     Raises:
         ConfigError: if there is no such study, or the two have no cell in common; nothing is
@@ -44,14 +52,25 @@ def compare(config: CompareConfig) -> bool:
         WriteError: if ``config.write`` cannot be written.
     """
     from gnbench.aggregate.pairs import pair
-    from gnbench.aggregate.study import read_study
+    from gnbench.aggregate.study import all_published, read_study
 
     if config.a is None or config.b is None:
         raise ConfigError("name two studies: python -m gnbench.compare A B")
     target = None if config.write is None else Path(config.write)
     if target is not None and target.suffix not in (".csv", ".md"):
         raise ConfigError(f"write={target}: choose NAME.csv or NAME.md")
-    places = [find(name, config.outputs) for name in (config.a, config.b)]
+    sources = all_published()["source"].unique()
+    if config.b in sources and not is_study(Path(config.outputs, config.b)):
+        return _replicated(config, target)
+    for name in ("against", "margin"):
+        if (value := getattr(config, name)) is not None:
+            raise ConfigError(
+                f"{name}={value}: is for published values ({', '.join(sources)}); leave it out"
+            )
+    try:
+        places = [find(name, config.outputs) for name in (config.a, config.b)]
+    except ConfigError as error:
+        raise ConfigError(f"{error}; b may be published: {', '.join(sources)}") from error
     studies = [read_study(place) for place in places]
     found = pair(*studies)
     if not found.cells:
@@ -64,12 +83,34 @@ def compare(config: CompareConfig) -> bool:
     equal, verdict = judge(found)
     print(describe(studies, found, verdict, "plain"))
     if target is not None:
-        files.make_folder(target.parent)
         text = (
             _csv(found) if target.suffix == ".csv" else describe(studies, found, verdict, "github")
         )
-        files.replace(target, text.encode(errors="replace"))
+        _write(target, text)
     return equal
+
+
+def _replicated(config: CompareConfig, target: Path | None) -> bool:
+    """Hold a study against published values, and say what was found."""
+    from gnbench.aggregate import replication, replication_verdict
+    from gnbench.aggregate.study import published, read_study
+
+    study, values = read_study(find(str(config.a), config.outputs)), published(str(config.b))
+    margin = config.margin or replication.MARGIN
+    networks = replication.replicate(study, values, config.against, margin)
+    said = (study, values, networks, replication_verdict.recipe(study, str(config.b)), margin)
+    cli.composed()
+    print(replication_verdict.describe(*said, form="plain"))
+    if target is not None and target.suffix == ".csv":
+        _write(target, replication_verdict.table(networks).to_csv(index=False))
+    elif target is not None:
+        _write(target, replication_verdict.describe(*said, form="github"))
+    return replication.overall(networks) in (replication.REPLICATED, replication.CONSISTENT)
+
+
+def _write(target: Path, text: str) -> None:
+    files.make_folder(target.parent)
+    files.replace(target, text.encode(errors="replace"))
 
 
 def find(name: str, outputs: str) -> Path:

@@ -71,7 +71,7 @@ def test_compose_leaves_the_hydra_application_around_it_alone():
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.parts[0] in GROUPS], ids=str)
 def test_every_yaml_composes_into_a_run_that_can_be_trained(file, tmp_path):
-    choice = f"{file.parts[0]}={file.stem}"
+    choice = f"{file.parts[0]}={file.relative_to(file.parts[0]).with_suffix('')}"
     if choice == "dataset=folder":
         root = pictures.tree(tmp_path / "pictures", {"a": 40, "b": 40})
         choices = (choice, f"dataset.root={root}", f"dataset.cache={tmp_path}")
@@ -104,7 +104,12 @@ def test_no_yaml_is_forgotten():
             hydra_compose(name.removesuffix(".yaml"), return_hydra_config=True)
 
 
-@pytest.mark.parametrize("preset", sorted(p.stem for p in (conf_dir() / "experiment").glob("*")))
+PRESETS = (conf_dir() / "experiment").rglob("*.yaml")
+
+
+@pytest.mark.parametrize(
+    "preset", sorted(str(p.relative_to(conf_dir() / "experiment").with_suffix("")) for p in PRESETS)
+)
 def test_every_preset_opens_with_its_command(preset):
     text = (conf_dir() / "experiment" / f"{preset}.yaml").read_text()
     assert text.startswith(f"# @package _global_\n# python -m gnbench experiment={preset}")
@@ -116,6 +121,7 @@ def test_the_presets_hold_the_thirteen_networks_of_the_report():
     assert grid.hydra.mode.name == "MULTIRUN"
     assert grid.hydra.sweeper.params == {"norm": "bn,gn", "batch_size": "64,32,16,8,4,2"}
     assert (grid.dataset.name, grid.model.name, grid.epochs) == ("cifar10", "simplenetv2", 30)
+    assert parsed("experiment=replicate/deuscher2021").run_id == parsed("experiment=figure3").run_id
     baseline = parsed("experiment=figure3_baseline")
     assert (baseline.model.name, baseline.norm.name) == ("resnet34", "bn")
     assert (baseline.batch_size, baseline.epochs) == (128, 200)

@@ -25,3 +25,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert "num_groups=24 does not divide 32 channels" in text
     assert "n_seeds" in text
     assert "image/png" in text
+    assert "precise" in text
+    assert "optimizer.lr: 0.001 in a, 0.003 in b" in text
+    assert "Verdict: " in text
+    assert "MB: open it in a browser" in text

@@ -28,6 +28,7 @@ def paired(tmp_path):
 
 def compared(tmp_path, **more):
     given = {"outputs": str(tmp_path), "a": "a", "b": "b", "write": None}
+    given |= {"against": None, "margin": None}
     return compare(CompareConfig.parse(given | more))
 
 
@@ -227,6 +228,10 @@ def test_it_writes_what_it_is_asked_to(tmp_path):
     [
         ({"b": None}, "name two studies: python -m gnbench.compare A B"),
         ({"b": "c"}, r"c: there is no such study; .* a name under .* \(a, b, failed, other\)"),
+        (
+            {"margin": 2.0},
+            r"margin=2.0: is for published values \(deuscher2021, wu2018\); leave it",
+        ),
         ({"write": "x.txt"}, r"write=x.txt: choose NAME.csv or NAME.md"),
         ({"b": "failed"}, r"no cell is finished in both \(runs: 1 in .* and 0 in"),
         ({"b": "other"}, r"no cell is finished in both \(runs: 1 in .* and 2 in .*optimizer.lr"),

@@ -169,7 +169,7 @@ def _settings(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     Those are `ANY` in the table.
     """
     names = [n for n in runs.columns if n not in NO_SETTINGS and not n.endswith("._partial_")]
-    texts = runs[names].map(_text)
+    texts = runs[names].map(as_text)
     found: dict[tuple[str, str, str], list[str]] = {}  # of which networks or norms it is so
     groups: dict[str, int] = {}
     for prefix, scope in (("norm.", CELL[:3]), ("", CELL[:2])):
@@ -197,7 +197,7 @@ def _settings(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     return texts, sorted(lines)
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
     """Write a setting so that 1, 1.0 and, from a table with gaps, 1.0 are the same."""
     if pd.isna(value):
         return "–"
@@ -208,7 +208,7 @@ def _circumstances(sides: Mapping[str, pd.DataFrame]) -> list[str]:
     """Name the versions and machines in which the studies differ."""
     lines = []
     for name in CIRCUMSTANCES:
-        values = {side: sorted({*table[name].map(_text)}) for side, table in sides.items()}
+        values = {side: sorted({*table[name].map(as_text)}) for side, table in sides.items()}
         if values["a"] != values["b"]:
             said = "; ".join(f"{', '.join(texts)} in {side}" for side, texts in values.items())
             lines.append(f"{name}: {said}")

@@ -158,12 +158,13 @@ def published(source: str) -> pd.DataFrame:
 
 
 def all_published() -> pd.DataFrame:
-    """Return all published results (``source,dataset,model,norm,batch_size,test_error``).
+    """Return all published results (``source,dataset,model,norm,batch_size,test_error,sd,n``).
 
     Where an error of the evaluation is known exactly, ``test_error`` is the corrected one, and
-    ``corrected`` is true.
+    ``corrected`` is true. It is the mean of ``n`` runs, with ``sd`` over them if that was told.
     """
     table = pd.read_csv(PUBLISHED, keep_default_na=False)
+    table["sd"] = pd.to_numeric(table["sd"], errors="coerce")
     corrected = pd.to_numeric(table["test_error_corrected"], errors="coerce")
     table["corrected"] = corrected.notna()
     table["test_error"] = corrected.fillna(table["test_error"])
@@ -172,7 +173,7 @@ def all_published() -> pd.DataFrame:
 
 def of_their_size(published: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """Leave out what was ``published`` of networks that ``runs`` have in another size."""
-    sizes = dict(_flattened({"model": config.LATER["gnbench.models.SimpleNetV2"]}))
+    sizes = dict(flattened({"model": config.LATER["gnbench.models.SimpleNetV2"]}))
     others = {
         model
         for model, own in runs.groupby("model")
@@ -213,17 +214,17 @@ def _row(study: str, run_dir: Path) -> dict[str, Any]:
         if not isinstance(row[name], kind):
             raise TypeError(f"{name}={row[name]!r}")
     row |= {name: str(row[name]) for name in TEXTS if row[name] is not None}
-    for name, value in _flattened(settings):
+    for name, value in flattened(settings):
         row.setdefault(name, value)
     return row
 
 
-def _flattened(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Return settings by their dotted names; a list as JSON, a component's name as text."""
     pairs: list[tuple[str, Any]] = []
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            pairs += _flattened(value, f"{prefix}{key}.")
+            pairs += flattened(value, f"{prefix}{key}.")
         elif prefix and key == "name":  # YAML had taken on, 1e3 or null for something else
             pairs.append((f"{prefix}name", str(value)))
         else:

@@ -13,6 +13,7 @@ from gnbench.aggregate.compare import (
     DIFFERENT_SPREADS,
     Comparison,
     Line,
+    Pool,
     cell_of,
     compare,
     pool,
@@ -115,12 +116,8 @@ class Panel:
                 "A doubling of the batch size adds to the error, in points, on average (a straight "
                 f"line): {'; '.join(parts)}."
             )
-        if self.pooled.levene is not None and self.pooled.levene < DIFFERENT_SPREADS:
-            said.append(
-                "The spreads of the cells differ (Levene's test, p = "
-                f"{self.pooled.levene:.2g}): the pooled intervals are too narrow for some and too "
-                "wide for others."
-            )
+        if spreads := different_spreads(self.pooled):
+            said.append(spreads)
         return said
 
     def _no_interval(self) -> str:
@@ -156,6 +153,16 @@ class Panel:
         if untested:
             said.append(f"{names}: not compared at {_listed(untested)}, where runs diverged.")
         return said
+
+
+def different_spreads(pooled: Pool) -> str:
+    """Warn where the spreads of the cells differ, by Levene's test; else nothing."""
+    if pooled.levene is None or pooled.levene >= DIFFERENT_SPREADS:
+        return ""
+    return (
+        f"The spreads of the cells differ (Levene's test, p = {pooled.levene:.2g}): the pooled "
+        "intervals are too narrow for some and too wide for others."
+    )
 
 
 def panels(
