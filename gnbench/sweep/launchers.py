@@ -200,8 +200,9 @@ def _overseen(workers: int, measure: Measure | None) -> Iterator[None]:
     from gnbench.runs.progress import shows_bars
     from gnbench.sweep import progress
 
-    timed = [config for config in configs if config.estimate]
-    overview = progress.overview(configs, workers, measure if len(timed) == len(configs) else None)
+    alone = distributed.world_size() == 1
+    timed = measure if alone and all(config.estimate for config in configs) else None
+    overview = progress.overview(configs, workers, timed)
     with progress.shown(overview, live=workers != 1 and shows_bars(configs[0])):
         yield
 
@@ -235,9 +236,13 @@ def _side_by_side(launch: Launch) -> Launch:
     def launch_all(
         launcher: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
+        import joblib
+
         chosen = launcher.joblib["n_jobs"]
         runs = [] if chosen else configs or [_parsed(launcher, cell) for cell in job_overrides]
         workers = chosen or min(at_a_time(runs), len(job_overrides))
+        if workers < 0:  # joblib's -1: all cores, -2: all but one
+            workers = max(1, joblib.cpu_count() + 1 + workers)
         if workers == 1:
             basic = BasicLauncher()
             basic.setup(
@@ -249,11 +254,10 @@ def _side_by_side(launch: Launch) -> Launch:
 
         def measure(runs: Sequence[RunConfig]) -> list[Rate]:
             from hydra_plugins.hydra_joblib_launcher import _core
-            from joblib import Parallel, delayed
 
             settings = {**launcher.joblib, "backend": "loky"}  # so that the sweep has these workers
             _core.process_joblib_cfg(settings)
-            return list(Parallel(**settings)(delayed(_timed)(run) for run in runs))
+            return list(joblib.Parallel(**settings)(joblib.delayed(_timed)(run) for run in runs))
 
         launcher.joblib["n_jobs"] = workers
         try:

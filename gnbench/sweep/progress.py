@@ -141,8 +141,9 @@ def overview(configs: Sequence[RunConfig], workers: int, measure: Measure | None
         return Sweep(list(cells), by_cell, workers, timed, rerun)
 
     guess = sweep(estimate.costs(configs), timed=False)
-    on_cpu = all(choose_device(name).type == "cpu" for name in {c.device for c in configs})
-    if measure is None or not on_cpu or guess.work_left() < WORTH_TIMING:
+    if measure is None or guess.work_left() < WORTH_TIMING:
+        return guess
+    if any(choose_device(name).type != "cpu" for name in {config.device for config in configs}):
         return guess
     try:
         timed = sweep(estimate.costs(configs, measure), timed=True)
