@@ -22,8 +22,8 @@ from gnbench.train import distributed
 def app(config: DictConfig) -> float:
     """Carry out a run or a cell; return its error in percent, for sweepers that optimize."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        launchers.enter()
-        return command.attempt(RunConfig.parse(config))
+        run = launchers.enter(RunConfig.parse(config))
+        return account.Reported.of(command.attempt(run))
     try:
         return command.carry_out(config)
     except Exception as error:

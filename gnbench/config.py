@@ -44,6 +44,7 @@ LATER: dict[str, dict[str, Any]] = {  # by the component's _target_ or by the gr
 LATER_IN_EXECUTION = {  # of the settings that are no part of the identity
     "evaluate_every": 1,
     "as_published": False,
+    "estimate": True,
     "tracker": {"name": "none", "_target_": "gnbench.trackers.Tracker"},
 }
 # Of a dataset: where it lies, and how it is looked at.
@@ -334,6 +335,7 @@ class RunConfig(Settings):
     evaluate_every: Count
     as_published: bool
     progress: Literal["auto", "bar", "lines"]
+    estimate: bool
     rerun: bool
     wait: bool
 

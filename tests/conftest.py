@@ -14,6 +14,10 @@ ROOT = Path(__file__).parents[1]
 # Started in the background, the tests would ignore Ctrl-C, and what they start as well.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the networks of the tests are too small to share
+# The cores that joblib counts. The cells of a sweep follow each other, in the process of the
+# command, unless its test wants workers: they take seconds to start.
+os.environ["LOKY_MAX_CPU_COUNT"] = "1"
+ALL_CORES = {"LOKY_MAX_CPU_COUNT": None}
 
 
 # A fault that its test causes in another variant already.

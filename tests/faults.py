@@ -113,6 +113,8 @@ def _gnbench(arguments, folder, fault, at, memory, output):
         if disk is not None:
             print("changes", next(disk.count) - 1)
         sys.stdout.flush()
+        if loky := sys.modules.get("joblib.externals.loky"):
+            loky.get_reusable_executor().shutdown()  # a process that is forked waits for its own
 
 
 def start(arguments, folder, fault=None, at=0, memory=None, output=None):

@@ -62,18 +62,20 @@ def test_ratios_are_medians_of_rounds_within_a_precision():
         slow: [5.0, 4.0, 5.0],
         engine: [30.0, 20.0, 50.0],
         bf16: [10.0, 10.0, 10.0],
-        **{"fp32": [100.0, 50.0, 100.0], "bf16": [50.0, 50.0, 50.0], "copy": [200.0, 40.0, 200.0]},
+        **{"fp32": [100.0, 50.0, 100.0], "bf16": [50.0, 50.0, 50.0], "copy": [400.0, 80.0, 400.0]},
     }
     facts = dict.fromkeys((plain, slow, engine, bf16), FACTS)
-    rows = compare(4, facts, rates, flops=MATMUL_FLOPS)
+    rows = compare(4, facts, rates, flops=MATMUL_FLOPS, copies=2)
     first, _, second, third = rows
     assert first["speedup"] == first["speedup_min"] == first["speedup_max"] == 1
     assert (second["speedup_min"], second["speedup"], second["speedup_max"]) == (3, 4, 5)
     assert (third["speedup"], third["speedup_overall"]) == (2, 1)
     assert second["images_per_second"] == 120
     assert second["ms_per_step"] == pytest.approx(1000 / 30)
-    assert second["limit_ms_per_step"] == pytest.approx(10)  # 10, 25 (the copy) and 10 ms
+    assert second["limit_ms_per_step"] == pytest.approx(10)  # 10, 25 (two copies) and 10 ms
     assert second["limit_fraction"] == pytest.approx(0.5)  # of 0.3, 0.5 and 0.5
+    assert second["limit_in_turn_ms_per_step"] == pytest.approx(15)  # 10 + 5, 20 + 25, 10 + 5 ms
+    assert second["limit_in_turn_fraction"] == pytest.approx(0.75)  # of 0.45, 0.9 and 0.75
     assert third["limit_ms_per_step"] == pytest.approx(20)
     lines = table(rows).splitlines()
     assert "× plain fp32" in lines[0]
@@ -85,7 +87,8 @@ def test_ratios_are_medians_of_rounds_within_a_precision():
         "cpu",
     )
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert labels == [row["who"] for row in rows] + ["the hardware's limit, fp32"]
+    assert labels[:4] == [row["who"] for row in rows]
+    assert labels[4:] == ["the hardware's limit, fp32", "the limit if nothing overlaps"]
 
 
 def test_on_a_gpu_the_limit_may_be_the_chain_of_kernels():
@@ -99,9 +102,11 @@ def test_on_a_gpu_the_limit_may_be_the_chain_of_kernels():
     # A thousand kernels a millisecond: 80 take 0.08 ms, longer than the product and the copy.
     rates = {plain: [500.0], graph: [6250.0], side_by_side: [25000.0]}
     rates |= {"fp32": [50e3], "copy": [20e3], "chain": [1e6 / LINKS]}
-    rows = compare(2, facts, rates, flops=MATMUL_FLOPS)
+    rows = compare(2, facts, rates, flops=MATMUL_FLOPS, copies=1)
     assert [row["limit_ms_per_step"] for row in rows] == pytest.approx([0.08, 0.08, 0.05])
     assert [row["limit_fraction"] for row in rows] == pytest.approx([0.04, 0.5, 1.25])
+    in_turn = [row["limit_in_turn_ms_per_step"] for row in rows]
+    assert in_turn == pytest.approx([0.08, 0.08, 0.07])  # 0.02 + 0.05
 
 
 def test_everyone_has_a_turn_in_every_round(monkeypatch):
@@ -274,6 +279,16 @@ def test_flops_are_those_of_hand_arithmetic():
         *(2048 * 1024, 1024 * 10),
     ]
     assert limit.count_flops(run) == 2 * 4 * (3 * sum(layers) - layers[0])
+
+
+def test_bytes_are_those_of_hand_arithmetic():
+    """Of AdamW 67 million, the gradient 10, the fully connected weights read twice 17."""
+    run = compose("dataset=cifar10", "norm=bn", "batch_size=4")
+    parameters, linear = 2_396_330, (2048 + 1) * 1024 + (1024 + 1) * 10
+    moved, copied = limit.count_bytes(run)
+    assert moved == 28 * parameters + 4 * parameters + 8 * linear
+    assert moved == pytest.approx(94e6, rel=0.01)
+    assert copied == 4 * limit.copying(run, torch.device("cpu"))().numel() * 2
 
 
 def test_quick_is_a_smaller_benchmark_whose_settings_can_be_overridden(cli):

@@ -21,7 +21,7 @@ from gnbench.check import compose
 from gnbench.runs.runner import run
 from gnbench.sweep.account import objective
 from tests import tiny
-from tests.conftest import ROOT, environment, measured, started, variant
+from tests.conftest import ALL_CORES, ROOT, environment, measured, started, variant
 
 HEAVY = ("torch", "torchvision", "pandas", "matplotlib", "plotly", "tensorboard", "mlflow", "wandb")
 
@@ -78,7 +78,7 @@ def test_a_sweep_fills_one_study_and_repeating_it_trains_nothing(cli, tmp_path):
 
 
 def test_a_failing_cell_is_recorded_and_the_sweep_goes_on(cli, tmp_path):
-    """Found in training, not before: a network breaks on real images."""
+    """Found in training, not before: a network breaks on real images. Two cells at a time."""
     (tmp_path / "breaking.py").write_text(
         "from gnbench.models import SimpleNetV2 as Good\n"
         "class Bad(Good):\n"
@@ -86,9 +86,9 @@ def test_a_failing_cell_is_recorded_and_the_sweep_goes_on(cli, tmp_path):
         "        if not x.is_meta: raise RuntimeError('the weights are gone')\n"
         "        return super().forward(x)\n"
     )
-    ascii = {"PYTHONIOENCODING": "ascii"}  # a console that has no –
+    env = {"PYTHONIOENCODING": "ascii", **ALL_CORES}  # a console that has no –
     target = "model._target_=breaking.Bad"
-    done = cli("-m", *tiny.OVERRIDES, f"{target},breaking.Good", env=ascii, check=1)
+    done = cli("-m", *tiny.OVERRIDES, f"{target},breaking.Good", env=env, check=1)
     assert sorted(statuses(tmp_path).values()) == ["completed", "failed"]
     lines = done.stdout.splitlines()
     assert lines[1].startswith("failed")
@@ -104,7 +104,7 @@ def test_a_home_directory_is_no_folder_of_its_name(cli, tmp_path):
     here = tmp_path / "here"
     here.mkdir()
     sweep = ("-m", *tiny.OVERRIDES, "norm=bn,none", "outputs='~/runs'")
-    done = cli(*sweep, cwd=here, env={"HOME": str(tmp_path / "home")}, check=0)
+    done = cli(*sweep, cwd=here, env={"HOME": str(tmp_path / "home"), **ALL_CORES}, check=0)
     assert list(here.iterdir()) == []
     assert sorted(p.parents[2] for p in tmp_path.rglob("run.json")) == [tmp_path / "home/runs"] * 2
     assert done.stdout.count(f"{tmp_path}/home/runs/default/tiny-") == 2
@@ -149,7 +149,8 @@ def test_no_data_is_one_clear_line_that_says_what_to_do(cli, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_cannot_be_run_again_says_so_and_fails(cli, tmp_path):
+@pytest.mark.parametrize("cores", [{}, ALL_CORES], ids=["one", "all"])
+def test_a_sweep_that_cannot_be_run_again_says_so_and_fails(cli, tmp_path, cores):
     """The old results stand, but that is not what was asked for."""
     module = tmp_path / "coming_and_going.py"
     module.write_text(
@@ -160,7 +161,7 @@ def test_a_sweep_that_cannot_be_run_again_says_so_and_fails(cli, tmp_path):
     )
     sweep = ("-m", *tiny.OVERRIDES, "norm=bn,gn", "dataset._target_=coming_and_going.images")
     cli(*sweep, check=0)
-    done = cli(*sweep, "rerun=true", env={"GONE": "1"}, check=1)
+    done = cli(*sweep, "rerun=true", env={"GONE": "1", **cores}, check=1)
     assert done.stdout.count("the images are gone") == 2
     assert done.stderr.count("the images are gone") == 2
     assert set(statuses(tmp_path).values()) == {"completed"}

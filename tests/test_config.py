@@ -161,6 +161,7 @@ def test_what_a_run_is_enters_its_identity(override):
         "device=cpu",
         "engine=eager",
         "progress=lines",
+        "estimate=false",
         "rerun=true",
         "checkpoint_seconds=1",
         "dataset.root=/data",

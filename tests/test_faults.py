@@ -190,10 +190,12 @@ def test_sigkill_while_the_dataset_cache_is_written(tmp_path, monkeypatch):
     assert at > 5
 
 
-def test_a_machine_without_memory_ends_a_cell_but_not_the_sweep(tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_machine_without_memory_ends_a_cell_but_not_the_sweep(tmp_path, workers):
     """For real: the process may take 1 GiB, and one of the two networks wants 16."""
     models = "model._target_=tests.tiny.Greedy,gnbench.models.SimpleNetV2"
-    code = faults.command(("-m", *tiny.OVERRIDES, models), folder=tmp_path, memory=2**30)
+    sweep = ("-m", *tiny.OVERRIDES, models, f"hydra.launcher.n_jobs={workers}")
+    code = faults.command(sweep, folder=tmp_path, memory=2**30)
     said = (tmp_path / "output").read_text()
     assert code == 1, said
     records = [json.loads(path.read_text()) for path in tmp_path.rglob("run.json")]

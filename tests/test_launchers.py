@@ -9,10 +9,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import joblib
 import pytest
 
 from tests import tiny
-from tests.conftest import ROOT, environment, measured, started, variant
+from tests.conftest import ALL_CORES, ROOT, environment, measured, started, variant
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,7 +34,8 @@ class Sweep:
     def __init__(self, folder, launcher, *arguments, env=None):
         pytest.importorskip(PLUGINS[launcher])
         self.folder = folder
-        command = ("gnbench", "-m", *tiny.OVERRIDES, f"hydra/launcher={launcher}", *arguments)
+        chosen = [] if launcher == "joblib" else [f"hydra/launcher={launcher}"]  # is the default
+        command = ("gnbench", "-m", *tiny.OVERRIDES, *chosen, *arguments)
         self.process = started(folder, *command, env=env, start_new_session=True)
 
     def workers(self):
@@ -131,15 +133,21 @@ def test_a_launcher_that_is_not_installed_is_one_line_that_names_the_extra(cli, 
     assert list((tmp_path / "empty").iterdir()) == []
 
 
-@pytest.mark.parametrize("launcher", PLUGINS)
-def test_a_launcher_writes_what_the_basic_one_does(cli, tmp_path, launcher):
+@pytest.mark.parametrize(
+    ("launcher", "chosen"),
+    [("joblib", ()), *((launcher, (two,)) for launcher, two in TWO.items())],
+    ids=["nothing", *TWO],
+)
+def test_a_launcher_writes_what_the_basic_one_does(cli, tmp_path, monkeypatch, launcher, chosen):
     """And gives every run its share of the cores."""
-    sweep, env = ("norm=bn,gn", "batch_size=8,16"), {"OMP_NUM_THREADS": None}
-    out, err = Sweep(tmp_path, launcher, *sweep, TWO[launcher], env=env).end(0)
+    sweep, env = ("norm=bn,gn", "batch_size=8,16"), {"OMP_NUM_THREADS": None, **ALL_CORES}
+    out, err = Sweep(tmp_path, launcher, *sweep, *chosen, env=env).end(0)
     assert "Warning" not in err
     assert table(out) == ["completed"] * 4
-    cores = pytest.importorskip("joblib").cpu_count()
-    share = {"joblib": max(cores // 2, 1), "ray": 1}[launcher]
+    monkeypatch.delenv("LOKY_MAX_CPU_COUNT")
+    cores = joblib.cpu_count()
+    workers = 2 if chosen else min(cores, 4)
+    share = {"joblib": max(cores // workers, 1), "ray": 1}[launcher]
     devices = [record["device"] for record in records(tmp_path).values()]
     assert all(device.endswith(f" {share} threads)") for device in devices), devices
     plain = cli("-m", *tiny.OVERRIDES, *sweep, check=0)  # the same directories

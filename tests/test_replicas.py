@@ -11,7 +11,7 @@ from gnbench.errors import ConfigError
 from gnbench.runs.directory import RunDirectory, read_record
 from gnbench.runs.runner import run
 from tests import tiny
-from tests.conftest import measured, started
+from tests.conftest import ALL_CORES, measured, started
 
 SMALL = (*tiny.OVERRIDES, "model._target_=tests.trainings.small")
 THREE = (*SMALL, "norm=bn", "model.dropout=0.2", "seed=5", "replicas=3")
@@ -29,7 +29,7 @@ def test_a_sweep_of_replicas_is_a_grid_of_runs(cli, tmp_path, tiny_config):
     for config in compose(*THREE).runs():
         run(one := config.with_(outputs=str(tmp_path / "alone")))
         alone[config.run_id] = measured(RunDirectory(one.run_dir).metrics_path)
-    done = cli("-m", *THREE, "norm=bn,gn", check=0)
+    done = cli("-m", *THREE, "norm=bn,gn", env=ALL_CORES, check=0)
     assert done.stdout.count("completed") == 6
     runs = found(tmp_path)
     assert {name: rows for name, rows in runs.items() if "-bn-" in name} == alone

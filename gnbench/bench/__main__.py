@@ -188,7 +188,7 @@ def bench(config: BenchConfig, command: str, folders: Sequence[str] = ()) -> boo
     cli.composed()
     import torch
 
-    from gnbench.bench.limit import count_flops
+    from gnbench.bench.limit import count_bytes, count_flops
     from gnbench.build import load_dataset
     from gnbench.train.devices import choose_device, describe_device
 
@@ -218,7 +218,8 @@ def bench(config: BenchConfig, command: str, folders: Sequence[str] = ()) -> boo
             except CandidateError as error:
                 failures = [str(error)]
             else:
-                found = compare(run.batch_size, facts, rates, count_flops(run))
+                moved, copied = count_bytes(run)
+                found = compare(run.batch_size, facts, rates, count_flops(run), moved / copied)
                 with bar.external_write_mode(file=sys.stdout):
                     print(f"\n{title}\n{table(found)}", flush=True)
                 rows += [{**case, **row} for row in found]

@@ -72,14 +72,17 @@ def compare(
     facts: Mapping[Candidate, Mapping[str, Any]],
     rates: Mapping[Any, Sequence[float]],
     flops: float,
+    copies: float,
 ) -> list[dict[str, Any]]:
     """Return a row for every candidate; ratios are medians of those of the rounds.
 
     ``speedup`` is over the plain loop of the same precision, ``speedup_overall`` over that of the
-    first. The limit is the longest of three times: for the ``flops`` of a step in a product of
-    large matrices of this precision; for one copy of the weights and Adam's moments; and, where
-    steps are replayed as graphs, for as many kernels, the fewest that an engine needs for a step of
-    this precision, each doing nothing but wait for the one before (replicas wait side by side).
+    first. A step needs the time for its ``flops`` in a product of large matrices of this precision,
+    and that for its bytes, as many as ``copies`` of weights and moments move. ``limit``: the longer
+    of the two, if arithmetic and memory overlap; ``limit_in_turn``: their sum, if they do not. But
+    where steps are replayed as graphs no less than as many kernels need, the fewest that an engine
+    has for a step of this precision, each doing nothing but wait for the one before (replicas wait
+    side by side).
     """
     from gnbench.bench.limit import CHAIN, COPY, LINKS, MATMUL_FLOPS
 
@@ -90,10 +93,14 @@ def compare(
         counts = [f["kernels_per_step"] for c, f in facts.items() if c.precision == precision]
         kernels = min((count for count in counts if count), default=0.0) / candidate.replicas
         chains = rates.get(CHAIN) or [math.inf] * len(own)
-        limits = [
-            max(flops / (matmul * MATMUL_FLOPS), 1 / copy, kernels / (chain * LINKS))
+        needed = [
+            (flops / (matmul * MATMUL_FLOPS), copies / copy, kernels / (chain * LINKS))
             for matmul, copy, chain in zip(rates[precision], rates[COPY], chains, strict=True)
         ]
+        limits = {
+            "limit": [max(times) for times in needed],
+            "limit_in_turn": [max(product + copy, chain) for product, copy, chain in needed],
+        }
         rows.append(
             {
                 "who": str(candidate),
@@ -104,8 +111,11 @@ def compare(
                 "speedup_min": min(over_plain),
                 "speedup_max": max(over_plain),
                 "speedup_overall": median(_times(own, rates[next(iter(facts))])),
-                "limit_ms_per_step": 1000 * median(limits),
-                "limit_fraction": median(a * b for a, b in zip(own, limits, strict=True)),
+                **{f"{name}_ms_per_step": 1000 * median(times) for name, times in limits.items()},
+                **{
+                    f"{name}_fraction": median(a * b for a, b in zip(own, times, strict=True))
+                    for name, times in limits.items()
+                },
                 **known,
             }
         )
@@ -127,12 +137,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             "most)": row["speedup_max"],
             **dict.fromkeys(overall, row["speedup_overall"]),
             "% of limit": 100 * row["limit_fraction"],
+            "% in turn": 100 * row["limit_in_turn_fraction"],
             "MiB": row["peak_memory_bytes"] and row["peak_memory_bytes"] / 2**20,
             "start, s": row["startup_seconds"],
         }
         for row in rows
     ]
-    formats = ("", "", ",.0f", *[".2f"] * (4 + several), ".0f", ",.0f", ".1f")
+    formats = ("", "", ",.0f", *[".2f"] * (4 + several), *[".0f"] * 2, ",.0f", ".1f")
     return tabulate(lines, headers="keys", tablefmt="plain", floatfmt=formats, missingval="–")
 
 

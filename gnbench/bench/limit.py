@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gnbench.build import build_model
@@ -17,7 +18,11 @@ from gnbench.train.devices import choose_device
 MATMUL_SIZE = 2048  # rows and columns of the matrices by whose product the hardware is measured
 MATMUL_FLOPS = 2 * MATMUL_SIZE**3
 LINKS = 1000  # kernels of a chain
-ADAM_MOMENTS = 2  # numbers that Adam keeps for a parameter
+# Numbers that a step moves at the least, of 4 bytes. Adam reads a parameter, its gradient and its
+# two moments, and writes all but the gradient, which the backward pass has written before.
+ADAM_MOVES, GRADIENT_MOVES = 7, 1
+LINEAR_MOVES = 2  # the weights of linear layers, forwards and backwards: no cache holds them
+COPIED = 3  # numbers for a parameter in the copy by which the memory is measured, each moved twice
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COPY, CHAIN = "copy", "chain"  # names of rates; those of matrix products are the precisions
 
@@ -61,10 +66,10 @@ def matmul(dtype: torch.dtype, device: torch.device) -> Work:
 
 
 def copying(config: RunConfig, device: torch.device) -> Work:
-    """Return a copy of as many numbers as weights and moments are: what a step must move."""
+    """Return a copy of as many numbers as weights and moments are."""
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_model(config).parameters())
-    source = torch.ones((1 + ADAM_MOMENTS) * parameters, device=device)
+        parameters = _numbers(build_model(config))
+    source = torch.ones(COPIED * parameters, device=device)
     target = torch.zeros_like(source)
     return lambda: target.copy_(source)
 
@@ -96,6 +101,23 @@ def count_flops(config: RunConfig) -> int:
     with counter:
         model(images).sum().backward()
     return int(counter.get_total_flops())
+
+
+def count_bytes(config: RunConfig) -> tuple[int, int]:
+    """Return the bytes that a step moves at the least, and those that `copying` moves.
+
+    Of a step those of weights, gradients and moments; activations may stay in a cache.
+    """
+    with torch.device("meta"):
+        model = build_model(config)
+    linear = sum(_numbers(m) for m in model.modules() if isinstance(m, nn.Linear))
+    parameters = _numbers(model)
+    step = (ADAM_MOVES + GRADIENT_MOVES) * parameters + LINEAR_MOVES * linear
+    return 4 * step, 4 * 2 * COPIED * parameters
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _wait_for(device: torch.device) -> None:

@@ -57,7 +57,7 @@ def console(config: RunConfig) -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.INFO)
     above: AbstractContextManager[None] = nullcontext()
-    if _shows_bars(config):
+    if shows_bars(config):
         from tqdm.contrib.logging import logging_redirect_tqdm  # warns in some notebooks
 
         above = logging_redirect_tqdm()
@@ -82,7 +82,7 @@ class Progress:
             initial=self._first_step,
             unit="step",
             desc=self._name,
-            disable=not _shows_bars(config),
+            disable=not shows_bars(config),
             dynamic_ncols=True,
             mininterval=0.5,
         )
@@ -138,5 +138,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-def _shows_bars(config: RunConfig) -> bool:
+def shows_bars(config: RunConfig) -> bool:
+    """Tell whether a run shows a bar: on a terminal, unless it is told otherwise."""
     return config.progress == "bar" or (config.progress == "auto" and sys.stderr.isatty())

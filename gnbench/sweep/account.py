@@ -6,11 +6,26 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from gnbench.config import RunConfig
 from gnbench.sweep.plan import Cell
 
 # Of this process; Hydra calls the functions that fill them and has no place for them.
-planned: list[Cell] = []  # the cells of the sweep that it started
+configs: list[RunConfig] = []  # what the sweep is to carry out, if it is known beforehand
+planned: list[Cell] = []  # the cells that this makes: one for each replica
 failed: dict[str, str] = {}  # by run id: what it saw fail, though no record may say so
+
+
+class Reported(float):
+    """A test error that brings along what failed in the process that it comes from."""
+
+    failed: dict[str, str]
+
+    @classmethod
+    def of(cls, test_error: float) -> Reported:
+        """Add what this process has seen fail."""
+        reported = cls(test_error)
+        reported.failed = dict(failed)
+        return reported
 
 
 def objective(record: Mapping[str, Any]) -> float:

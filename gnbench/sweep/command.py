@@ -13,7 +13,6 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
@@ -22,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from gnbench import cli
 from gnbench.config import RunConfig
 from gnbench.errors import FAILED, ConfigError, LockedError, one_line
-from gnbench.sweep.account import failed, objective, planned
+from gnbench.sweep import launchers
+from gnbench.sweep.account import configs, failed, objective, planned
 from gnbench.sweep.overrides import explained
 from gnbench.sweep.plan import Cell, write_plan
 from gnbench.sweep.state import exit_code, run_state, table
@@ -78,14 +78,10 @@ def attempt(config: RunConfig) -> float:
     """Carry out a cell, all its replicas, and return their mean error, as `objective`.
 
     A failure is recorded, and the others go on. A run that another process is training is passed
-    over. With ``wait`` and a launcher that works in this process, `return_to_passed_over` waits for
-    it when nothing else is left to do.
+    over. With ``wait``, and cells one after another in this process, `return_to_passed_over` waits
+    for it when nothing else is left to do.
     """
-    comes_back = (
-        config.wait
-        and distributed.world_size() == 1
-        and HydraConfig.get().launcher._target_.endswith(".BasicLauncher")
-    )
+    comes_back = config.wait and distributed.world_size() == 1 and launchers.is_command()
     for run in config.runs():
         if Cell.of(run) not in planned:  # of a sweeper that chooses its cells as it goes
             planned.append(Cell.of(run))
@@ -151,8 +147,6 @@ def _plan(config: DictConfig) -> None:
     Raises:
         ConfigError: with a line for each different fault.
     """
-    from gnbench.sweep import launchers  # which imports this module
-
     _check_folders(config)
     launchers.prepare(config.hydra.launcher)
     sweeper = config.hydra.sweeper
@@ -192,11 +186,12 @@ def _check(config: RunConfig, remote: bool = False) -> None:
     check_machine(config, remote)
 
 
-def _note_plan(configs: Sequence[RunConfig]) -> None:
+def _note_plan(runs: Sequence[RunConfig]) -> None:
     """Keep in mind which runs the command is to carry out, and note them in their study."""
-    if sum(config.replicas for config in configs) > MOST_CELLS:
+    if sum(config.replicas for config in runs) > MOST_CELLS:
         raise ConfigError(f"replicas: a sweep of more than {MOST_CELLS} runs; split it")
-    planned[:] = dict.fromkeys(Cell.of(run) for config in configs for run in config.runs())
+    configs[:] = runs
+    planned[:] = dict.fromkeys(Cell.of(run) for config in runs for run in config.runs())
     if distributed.rank() == 0:
         write_plan(planned)
 

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from statistics import fmean
 from types import FrameType
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
@@ -26,13 +28,16 @@ from gnbench.config import RunConfig, run_id
 from gnbench.errors import ConfigError, DamagedError
 from gnbench.runs.directory import RunDirectory
 from gnbench.runs.lock import LOCK
-from gnbench.sweep.account import failed, objective, planned
+from gnbench.sweep.account import configs, failed, objective, planned
+from gnbench.sweep.estimate import Rate
+from gnbench.sweep.workers import at_a_time
 from gnbench.train import distributed
 
 log = logging.getLogger(__name__)
 
 # launcher, overrides of each cell, initial_job_idx -> what each cell returned
 Launch = Callable[..., Sequence[JobReturn]]
+Measure = Callable[[Sequence[RunConfig]], list[Rate]]
 
 EXTRAS = {
     "hydra_plugins.hydra_joblib_launcher": "joblib",
@@ -51,13 +56,16 @@ def prepare(launcher: DictConfig) -> None:
     """Have the launcher of a sweep survive what its workers meet.
 
     Raises:
-        ConfigError: if its plugin is not installed, or under torchrun, whose processes are one run.
+        ConfigError: if its plugin is not installed, or under torchrun, whose processes are one run,
+            it is told to have several workers.
     """
+    if not hasattr(BasicLauncher.launch, "__wrapped__"):
+        BasicLauncher.launch = _one_by_one(BasicLauncher.launch)  # type: ignore[method-assign]
     module, _, name = launcher._target_.rpartition(".")
     extra = next((e for package, e in EXTRAS.items() if module.startswith(package)), None)
     if extra is None:
         return
-    if distributed.world_size() > 1:
+    if distributed.world_size() > 1 and launcher.get("n_jobs") != 0:  # which is joblib's default
         raise ConfigError(f"hydra/launcher: {extra} and torchrun do not go together; choose one")
     try:
         plugin = getattr(importlib.import_module(module), name)
@@ -68,9 +76,9 @@ def prepare(launcher: DictConfig) -> None:
         ) from error
     if name == "SlurmLauncher" and not shutil.which("srun"):
         raise ConfigError("hydra/launcher: no cluster here (Slurm's srun is not on PATH)")
-    wrap = {"joblib": _surviving, "ray": _interruptible, "slurm": _complete}[extra]
+    wrap = {"joblib": _side_by_side, "ray": _interruptible, "slurm": _complete}[extra]
     if not hasattr(plugin.launch, "__wrapped__"):
-        plugin.launch = wrap(plugin.launch)
+        plugin.launch = _hearing_of_failures(wrap(plugin.launch))
 
 
 def is_remote(launcher: DictConfig) -> bool:
@@ -79,8 +87,32 @@ def is_remote(launcher: DictConfig) -> bool:
     return launcher._target_.endswith(".SlurmLauncher") or bool(ray_cluster)
 
 
-def enter() -> None:
-    """In a worker, leave Ctrl-C, which reaches it too, busy or idle, to the command to pass on."""
+def is_command() -> bool:
+    """Tell the process of the command from those of workers."""
+    return _in_command
+
+
+def enter(config: RunConfig) -> RunConfig:
+    """In a worker, leave Ctrl-C, and a bar on the terminal, to the command; return the run.
+
+    The terminal is for the line of the sweep: of what a run says, warnings go above it.
+    """
+    _leave_interrupts_to_the_command()
+    if _in_command:
+        return config
+    from gnbench.runs.progress import shows_bars  # imports torch: not for --help
+
+    if not shows_bars(config):
+        return config
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.WARNING)
+        if sys.stderr.isatty():
+            handler.setFormatter(logging.Formatter("\r\x1b[K%(message)s"))  # erases that line
+    return config.with_(progress="lines")
+
+
+def _leave_interrupts_to_the_command() -> None:
+    """Have a worker ignore Ctrl-C, which reaches it too, busy or idle."""
     if not _in_command and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -141,6 +173,100 @@ def _at_work() -> set[tuple[int, str]]:
                     if (file := str(link.readlink())) in locks:
                         found.add((pid, file))
     return found
+
+
+def _hearing_of_failures(launch: Launch) -> Launch:
+    """Take over what workers have seen fail; this process knows but its own failures."""
+
+    @functools.wraps(launch)
+    def launch_all(*arguments: Any, **numbers: Any) -> Sequence[JobReturn]:
+        returns = launch(*arguments, **numbers)
+        for one in returns:
+            failed.update(getattr(one._return_value, "failed", {}))
+        return returns
+
+    return launch_all
+
+
+@contextmanager
+def _overseen(workers: int, measure: Measure | None) -> Iterator[None]:
+    """Say what a sweep is going to cost, if that can be measured, and on the way how far it is.
+
+    ``workers`` 0: it is not known how many there are.
+    """
+    if not configs or distributed.rank() > 0:
+        yield
+        return
+    from gnbench.runs.progress import shows_bars
+    from gnbench.sweep import progress
+
+    alone = distributed.world_size() == 1
+    timed = measure if alone and all(config.estimate for config in configs) else None
+    overview = progress.overview(configs, workers, timed)
+    with progress.shown(overview, live=workers != 1 and shows_bars(configs[0])):
+        yield
+
+
+def _one_by_one(launch: Launch) -> Launch:
+    """Carry out the cells one after another in this process."""
+
+    @functools.wraps(launch)
+    def launch_all(
+        launcher: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        with _overseen(1, None if initial_job_idx else lambda runs: list(map(_timed, runs))):
+            return launch(launcher, job_overrides, initial_job_idx)
+
+    return launch_all
+
+
+def _timed(config: RunConfig) -> Rate:
+    """Time steps of a run in this process, that of a worker or of the command."""
+    _leave_interrupts_to_the_command()
+    from gnbench.sweep import estimate
+
+    return estimate.timed(config)
+
+
+def _side_by_side(launch: Launch) -> Launch:
+    """Carry out as many cells at a time as were chosen, or fit; a single one in this process."""
+    surviving = _surviving(launch)
+
+    @functools.wraps(launch)
+    def launch_all(
+        launcher: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        import joblib
+
+        chosen = launcher.joblib["n_jobs"]
+        runs = [] if chosen else configs or [_parsed(launcher, cell) for cell in job_overrides]
+        workers = chosen or min(at_a_time(runs), len(job_overrides))
+        if workers < 0:  # joblib's -1: all cores, -2: all but one
+            workers = max(1, joblib.cpu_count() + 1 + workers)
+        if workers == 1:
+            basic = BasicLauncher()
+            basic.setup(
+                hydra_context=launcher.hydra_context,
+                task_function=launcher.task_function,
+                config=launcher.config,
+            )
+            return basic.launch(job_overrides, initial_job_idx)
+
+        def measure(runs: Sequence[RunConfig]) -> list[Rate]:
+            from hydra_plugins.hydra_joblib_launcher import _core
+
+            settings = {**launcher.joblib, "backend": "loky"}  # so that the sweep has these workers
+            _core.process_joblib_cfg(settings)
+            return list(joblib.Parallel(**settings)(joblib.delayed(_timed)(run) for run in runs))
+
+        launcher.joblib["n_jobs"] = workers
+        try:
+            with _overseen(workers, None if initial_job_idx else measure):
+                return surviving(launcher, job_overrides, initial_job_idx)
+        finally:
+            launcher.joblib["n_jobs"] = chosen  # a sweeper may launch again, more or fewer cells
+
+    return launch_all
 
 
 def _surviving(launch: Launch) -> Launch:
@@ -214,7 +340,8 @@ def _interruptible(launch: Launch) -> Launch:
         # The plugin gets one result after the other and stops at the first that is lost.
         get, ray.get = ray.get, get_or_nan
         try:
-            return launch(launcher, *cells, **numbers)
+            with _overseen(0, None):
+                return launch(launcher, *cells, **numbers)
         finally:
             ray.get = get
 
@@ -244,7 +371,8 @@ def _complete(launch: Launch) -> Launch:
         results = core.Job.results
         core.Job.results = results_or_nan  # type: ignore[method-assign, assignment]
         try:
-            return launch(launcher, *cells, **numbers)
+            with _overseen(0, None):
+                return launch(launcher, *cells, **numbers)
         finally:
             core.Job.results = results  # type: ignore[method-assign]
 
