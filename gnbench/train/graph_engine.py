@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gnbench.errors import RecordingError
 from gnbench.train.batches import EpochPlan, ResidentData
-from gnbench.train.cuda_graphs import Work
+from gnbench.train.cuda_graphs import Work, empty_cache
 from gnbench.train.engine import EagerEngine, Epoch
 from gnbench.train.replicas import ReplicaGroup
 
@@ -130,7 +130,7 @@ class GraphEngine:
         self._epoch = None
         self._warm.clear()
         if self._group is not None:
-            self._group.forget(self)
+            self._group.forget()
 
     def close(self) -> None:
         """Let go of the graphs and their memory: they and this engine hold each other."""
@@ -179,7 +179,7 @@ class GraphEngine:
         self._group = None
         if self.device.type == "cuda":
             gc.collect()  # what an attempt has left
-            torch.cuda.empty_cache()
+            empty_cache()
 
     def _enter(self, epoch: Epoch, at: int) -> None:
         """Put into place what the steps of the epoch read."""
