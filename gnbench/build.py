@@ -23,7 +23,7 @@ from gnbench.errors import ConfigError, one_line
 from gnbench.norms import BatchGroupNorm, BatchRenorm, standardize_weights
 from gnbench.train import distributed
 from gnbench.train.batches import ResidentData
-from gnbench.train.devices import choose_device, flush_denormals
+from gnbench.train.devices import choose_device, flush_denormals, set_float32_products
 from gnbench.train.engine import EVALUATION_CHUNK, EagerEngine
 from gnbench.train.graph_engine import Engine, GraphEngine
 from gnbench.train.loop import Training, steps_per_epoch
@@ -415,7 +415,7 @@ def make_deterministic() -> None:
     # Which would take a kernel for every tensor that is about to be written anyway.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False
+    set_float32_products()
 
 
 def refusal(config: RunConfig, *keys: str, error: Exception) -> ConfigError:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pandas as pd
@@ -222,6 +223,24 @@ def test_a_training_that_ends_is_said_to_end():
     loop = EngineLoop(compose(*tiny.OVERRIDES, "norm=none", "optimizer=sgd", "optimizer.lr=1e9"))
     with pytest.raises(CandidateError, match="diverged"):
         loop.take(100)
+
+
+@pytest.mark.parametrize(("fails", "counted"), [(True, None), (False, 1.0)])
+def test_without_a_profiler_there_is_no_count_but_a_row(monkeypatch, capsys, fails, counted):
+    """On a GPU a profiler may refuse to begin once graphs have been captured."""
+
+    @contextmanager
+    def profile(activities):
+        if fails:
+            raise RuntimeError("CUPTI_ERROR_NOT_COMPATIBLE")
+        taken = [SimpleNamespace(device_type=SimpleNamespace(name="CUDA"))] * worker.COUNTED_STEPS
+        yield SimpleNamespace(events=lambda: taken)
+
+    monkeypatch.setattr(torch.profiler, "profile", profile)
+    loop = EngineLoop(compose(*tiny.OVERRIDES, "norm=bn", "batch_size=2", "epochs=50"))
+    loop.device = torch.device("cuda", 0)
+    assert loop.kernels() == counted
+    assert ("CUPTI_ERROR" in capsys.readouterr().err) is fails
 
 
 @pytest.mark.slow

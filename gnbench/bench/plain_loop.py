@@ -18,7 +18,7 @@ from torchvision import transforms
 from gnbench.build import build_model, drops_last, load_dataset
 from gnbench.config import RunConfig
 from gnbench.datasets import Dataset, normalization
-from gnbench.train.devices import choose_device
+from gnbench.train.devices import choose_device, set_float32_products
 
 DATA_WORKERS = 2  # but no more than there are threads
 PREFETCH = 2  # batches that each of them holds ready
@@ -30,7 +30,7 @@ class PlainLoop:
     def __init__(self, config: RunConfig) -> None:
         self.device = choose_device(config.device)
         if self.device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in the engines
+            set_float32_products()  # as in the engines
         torch.manual_seed(config.seed)
         self.model = build_model(config).to(self.device)
         factory = instantiate(config.optimizer.arguments(), _convert_="all")
