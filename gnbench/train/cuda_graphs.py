@@ -129,7 +129,7 @@ def empty_cache() -> None:
 
 def _fails_for_good() -> bool:
     """Tell whether this torch takes a capture that has failed for one under way."""
-    return TorchVersion(torch.__version__) < (2, 12)
+    return TorchVersion(torch.__version__) < "2.12"
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def _seconds(matrix: torch.Tensor) -> float:
 def set_float32_products() -> None:
     """Have a GPU compute convolutions and matrix products of float32 numbers in float32."""
     # By torch's newer settings: the older ``allow_tf32`` warns on some releases.
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
