@@ -93,6 +93,11 @@ class EagerEngine:
         """What the engine is called in the record of a run."""
         return "eager" if self._compiled is None else "eager compiled"
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the network goes through torch.compile."""
+        return self._compiled is not None
+
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of the ``step``-th step of the training (from 0)."""
         return self.base_lr * self.schedule(step)
@@ -200,12 +205,15 @@ class EagerEngine:
 
     def totals(self) -> tuple[float, int]:
         """Return summed loss and number of errors of the steps so far; waits for the device."""
-        add = self.process_group.add
-        return add(self.loss_sum).item(), int(add(self.wrong).item())
+        return _read(self.process_group.add(self._both()))
 
     def own_totals(self) -> tuple[float, int]:
         """Return of `totals` what this process has added, without asking the others."""
-        return self.loss_sum.item(), int(self.wrong.item())
+        return _read(self._both())
+
+    def _both(self) -> Tensor:
+        """Return summed loss and number of errors together: below 2⁵³ float64 has every integer."""
+        return torch.stack([self.loss_sum, self.wrong.double()])
 
     def set_totals(self, loss_sum: float, wrong: int) -> None:
         """Have this process continue counting from these values."""
@@ -287,6 +295,12 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     # Every weight is used once a pass, and what a cache keeps a CUDA graph would not renew.
     enabled = precision == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
+def _read(totals: Tensor) -> tuple[float, int]:
+    """Wait for the device once."""
+    loss_sum, wrong = totals.tolist()
+    return loss_sum, int(wrong)
 
 
 def _compile(network: nn.Module) -> Network:
