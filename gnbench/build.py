@@ -26,6 +26,7 @@ from gnbench.train.batches import ResidentData
 from gnbench.train.devices import choose_device, flush_denormals, set_float32_products
 from gnbench.train.engine import EVALUATION_CHUNK, EagerEngine
 from gnbench.train.graph_engine import Engine, GraphEngine
+from gnbench.train.layout import place
 from gnbench.train.loop import Training, steps_per_epoch
 from gnbench.train.replicas import ReplicaGroup, replica_group
 
@@ -209,7 +210,8 @@ def build_training(
     if device.type == "cuda":
         make_deterministic()
     torch.manual_seed(config.seed)
-    model = build_model(config).to(device)  # drawn on the CPU: the same on every device
+    model = build_model(config)  # drawn on the CPU: the same on every device
+    channels_last = place(model, device)
     if processes.rank > 0:  # dropout must not drop the same units in every process
         sequence = np.random.SeedSequence([config.seed, processes.rank])
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
@@ -235,15 +237,14 @@ def build_training(
         log.warning("compile=true: not on several processes; going on without")
     total_steps = training_length(config)[0]
     _tell_norms(config, model, total_steps * config.batch.accumulate, processes.leads)
-    mean, std = datasets.normalization(dataset, config.dataset)
+    how = (*datasets.normalization(dataset, config.dataset), device, channels_last)
     validation = None
     if dataset.validation_images is not None and dataset.validation_labels is not None:
-        held_out = (dataset.validation_images, dataset.validation_labels)
-        validation = ResidentData(*held_out, mean, std, device)
+        validation = ResidentData(dataset.validation_images, dataset.validation_labels, *how)
     return Training(
         engine,
-        ResidentData(dataset.train_images, dataset.train_labels, mean, std, device),
-        ResidentData(dataset.test_images, dataset.test_labels, mean, std, device),
+        ResidentData(dataset.train_images, dataset.train_labels, *how),
+        ResidentData(dataset.test_images, dataset.test_labels, *how),
         validation,
         batch_size=config.sgd_batch,
         drop_last=drops_last(config),

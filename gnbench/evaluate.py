@@ -120,6 +120,7 @@ def _evaluate_run(
     from gnbench.datasets import normalization
     from gnbench.train.batch_statistics import batch_norms, evaluated, trained_images
     from gnbench.train.batches import ResidentData
+    from gnbench.train.layout import place
 
     record = read_record(path)
     if record["status"] != "completed":
@@ -134,7 +135,7 @@ def _evaluate_run(
         name = run.norm.name
         yield f"norm={name}: other statistics are defined for batch norm: nothing to evaluate"
         return
-    model = model.to(device).eval()
+    channels_last = place(model.eval(), device)
     names = (run.dataset.name, run.model.name, run.norm.name, run.batch_size, run.seed)
     digest = hashlib.sha256(weights).hexdigest()[:8]
     own = trained_images(run, model)
@@ -153,8 +154,9 @@ def _evaluate_run(
         return
     dataset = _dataset(config, run, datasets)
     mean, std = normalization(dataset, run.dataset)
-    train = ResidentData(dataset.train_images, dataset.train_labels, mean, std, device)
-    test = ResidentData(dataset.test_images, dataset.test_labels, mean, std, device)
+    how = (mean, std, device, channels_last)
+    train = ResidentData(dataset.train_images, dataset.train_labels, *how)
+    test = ResidentData(dataset.test_images, dataset.test_labels, *how)
     for name, images, wrong in evaluated(run, model, train, test, wanted):
         error = 100 * wrong / len(test)
         row = {"statistics": name, "images": _text(images), "test_error": error}

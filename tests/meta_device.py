@@ -14,6 +14,11 @@ META = torch.device("meta")
 NO_KERNELS = ("aten.empty", "aten.new_empty", "aten._unsafe_view", "prim.", "profiler.")
 CONVOLUTIONS = ("aten.convolution.default", "aten.convolution_backward.default")
 GROUP_NORMS = ("aten.native_group_norm.default", "aten.native_group_norm_backward.default")
+# These keep to the order of their input, to which the gradient is converted.
+KEEPING = {
+    "aten.native_batch_norm_backward.default": 1,
+    "aten.max_pool2d_with_indices_backward.default": 1,
+}  # and where among the arguments that is
 ROWS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 
 
@@ -54,6 +59,9 @@ class Launches(TorchDispatchMode):
                 inputs = inputs[:2]
         elif name in GROUP_NORMS:
             inputs, order = args[: 1 + (name == GROUP_NORMS[1])], ROWS
+        elif name in KEEPING:
+            inputs = args[:1]
+            order = CHANNELS_LAST if is_last(args[KEEPING[name]]) else ROWS
         elif name.startswith("aten._fused_"):  # no tensor has values, nothing is changed
             self.kernels.append(name)
             return None

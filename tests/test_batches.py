@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,21 @@ def pixels(inputs):
     mean = torch.tensor([0.5, 0.25, 0.0]).view(1, 3, 1, 1)
     std = torch.tensor([0.5, 1.0, 0.25]).view(1, 3, 1, 1)
     return (255 * (inputs * std + mean)).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("where", [slice(0, 4), torch.tensor([5, 0])])
+def test_inputs_in_either_order_in_memory_are_the_same(data, where):
+    plan = EpochPlan(torch.arange(6), torch.arange(6) % 2 == 0, None)
+    other = copy.copy(data)
+    other.channels_last = False
+    for one, two in ((data, other), (data.reordered(plan.order), other.reordered(plan.order))):
+        (last, labels), (rows, same) = one.batch(plan, where), two.batch(plan, where)
+        assert last.is_contiguous(memory_format=torch.channels_last)
+        assert rows.is_contiguous()
+        assert torch.equal(last, rows)
+        assert torch.equal(labels, same)
+    assert torch.equal(data.chunk(2, 5)[0], other.chunk(2, 5)[0])
+    assert other.chunk(2, 5)[0].is_contiguous()
 
 
 def test_the_plan_is_a_function_of_seed_and_epoch_alone():

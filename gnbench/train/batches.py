@@ -69,7 +69,8 @@ def draw_epoch(
 class ResidentData:
     """Images and labels that live on the device as uint8 and int64.
 
-    ``images`` is N,H,W,C; ``mean`` and ``std`` are per channel in [0, 1].
+    ``images`` is N,H,W,C; ``mean`` and ``std`` are per channel in [0, 1]. Inputs of a network lie
+    in memory as the images do, or in N,C,H,W order if not ``channels_last``.
     """
 
     def __init__(
@@ -79,7 +80,9 @@ class ResidentData:
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
+        channels_last: bool = True,
     ) -> None:
+        self.channels_last = channels_last
         self.images = images.to(device)
         self.labels = labels.to(device)
         self._mean = 255 * torch.tensor(mean, dtype=torch.float32, device=device)
@@ -109,8 +112,11 @@ class ResidentData:
         return self._normalize(self.images[start:stop]), self.labels[start:stop]
 
     def _normalize(self, images: Tensor) -> Tensor:
-        """Map uint8 N,H,W,C to normalized float32 N,C,H,W, channels last in memory."""
-        return images.to(torch.float32).sub_(self._mean).div_(self._std).permute(0, 3, 1, 2)
+        """Map uint8 N,H,W,C to normalized float32 N,C,H,W."""
+        if self.channels_last:
+            return images.to(torch.float32).sub_(self._mean).div_(self._std).permute(0, 3, 1, 2)
+        rows = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return rows.sub_(self._mean[:, None, None]).div_(self._std[:, None, None])
 
 
 def _by_class(

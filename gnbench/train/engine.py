@@ -230,6 +230,15 @@ class EagerEngine:
         own = self.optimizer.state_dict()
         moments = copy.deepcopy(state["optimizer"]["state"])  # torch would take the very tensors
         self.optimizer.load_state_dict({**own, "state": moments})
+        # A fused step takes moments that lie in memory as their parameters do, here and now.
+        for parameter, values in self.optimizer.state.items():
+            for name, value in values.items():
+                if (
+                    isinstance(value, Tensor)
+                    and value.shape == parameter.shape
+                    and value.stride() != parameter.stride()
+                ):
+                    values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def close(self) -> None:
         """Let go of what only a training under way needs: here nothing."""
