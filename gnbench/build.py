@@ -208,7 +208,7 @@ def build_training(
     processes = distributed.process_group(device)
     flush_denormals()
     if device.type == "cuda":
-        make_deterministic()
+        make_deterministic(config.precision)
     torch.manual_seed(config.seed)
     model = build_model(config)  # drawn on the CPU: the same on every device
     channels_last = place(model, device)
@@ -406,8 +406,8 @@ def _watch_statistics(model: nn.Module) -> Callable[[], str]:
     return lambda: found[0] if found else ""
 
 
-def make_deterministic() -> None:
-    """Have the same seed give the same bits on a GPU: no TF32, deterministic kernels.
+def make_deterministic(precision: str) -> None:
+    """Have the same seed give the same bits on a GPU by deterministic kernels; TF32 only if asked.
 
     Where torch has none it warns; no layer of conf/ is known to need one.
     """
@@ -416,7 +416,7 @@ def make_deterministic() -> None:
     # Which would take a kernel for every tensor that is about to be written anyway.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
-    set_float32_products()
+    set_float32_products(precision)
 
 
 def refusal(config: RunConfig, *keys: str, error: Exception) -> ConfigError:

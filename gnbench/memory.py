@@ -46,12 +46,14 @@ def measure(run: RunConfig) -> dict[str, Any]:
     """
     import torch
 
-    from gnbench.build import build_model, build_optimizer
+    from gnbench.build import build_model, build_optimizer, make_deterministic
     from gnbench.train.devices import choose_device, peak_memory_bytes, reset_peak_memory
     from gnbench.train.engine import EagerEngine
     from gnbench.train.layout import place
 
     device = choose_device(run.device)
+    if device.type == "cuda":
+        make_deterministic(run.precision)  # as in a training
     torch.manual_seed(run.seed)
     model = build_model(run).train()
     channels_last = place(model, device)

@@ -58,13 +58,17 @@ def test_cuda_gets_a_queue_for_each_replica_unless_told_otherwise(monkeypatch, g
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == found
 
 
-def test_float32_is_computed_in_float32_and_no_release_warns():
+@pytest.mark.parametrize(
+    ("precision", "found"), [("fp32", "ieee"), ("bf16", "ieee"), ("tf32", "tf32")]
+)
+def test_float32_is_computed_in_float32_unless_asked_and_no_release_warns(precision, found):
     """Warnings are errors here."""
     cuda = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = [products.fp32_precision for products in cuda]
     try:
-        devices.set_float32_products()
-        assert [products.fp32_precision for products in cuda] == ["ieee", "ieee"]
+        devices.set_float32_products("tf32" if found == "ieee" else "fp32")
+        devices.set_float32_products(precision)
+        assert [products.fp32_precision for products in cuda] == [found, found]
     finally:
         for products, precision in zip(cuda, before, strict=True):
             products.fp32_precision = precision

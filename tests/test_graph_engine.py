@@ -222,6 +222,7 @@ SETTINGS = [
     ["schedule=constant", "dataset.augmentation=pad_crop_flip"],
     ["model.dropout=0.5"],
     ["precision=bf16"],
+    ["precision=tf32"],
     ["compile=true"],
 ]
 

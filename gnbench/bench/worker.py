@@ -22,7 +22,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from gnbench import cli
-from gnbench.bench.compare import PLAIN, Candidate, CandidateError
+from gnbench.bench.compare import DETERMINISTIC, PLAIN, Candidate, CandidateError
 from gnbench.bench.plain_loop import PlainLoop
 from gnbench.build import build_training, load_dataset, replicas_for
 from gnbench.config import RunConfig
@@ -119,7 +119,7 @@ def start(
     devices.reset_peak_memory(devices.choose_device(config.device))
     config = config.with_(precision=candidate.precision)
     if candidate.is_plain:
-        _loop = PlainLoop(config)
+        _loop = PlainLoop(config, deterministic=candidate.engine == DETERMINISTIC)
     else:
         config = config.with_(engine=candidate.engine, compile=candidate.compiled)
         _loop = EngineLoop(config, candidate.replicas)

@@ -110,11 +110,20 @@ def _seconds(matrix: torch.Tensor) -> float:
     return time.perf_counter() - began
 
 
-def set_float32_products() -> None:
-    """Have a GPU compute convolutions and matrix products of float32 numbers in float32."""
+def has_tf32(device: torch.device) -> bool:
+    """Tell whether the device computes in TF32: GPUs from compute capability 8 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def set_float32_products(precision: str) -> None:
+    """Have GPUs compute convolutions and matrix products of float32 numbers in TF32, or in float32.
+
+    In TF32, which keeps 10 of the 23 bits, where ``precision`` says so.
+    """
     # By torch's newer settings: the older ``allow_tf32`` warns on some releases.
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    products = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = products  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = products
 
 
 def flush_denormals() -> None:
