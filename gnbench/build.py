@@ -22,9 +22,9 @@ from gnbench.datasets import Dataset
 from gnbench.errors import ConfigError, one_line
 from gnbench.norms import BatchGroupNorm, BatchRenorm, standardize_weights
 from gnbench.train import distributed
-from gnbench.train.batches import ResidentData
+from gnbench.train.batches import ResidentData, evaluation_chunk
 from gnbench.train.devices import choose_device, flush_denormals, set_float32_products
-from gnbench.train.engine import EVALUATION_CHUNK, EagerEngine
+from gnbench.train.engine import EagerEngine
 from gnbench.train.graph_engine import Engine, GraphEngine
 from gnbench.train.layout import place
 from gnbench.train.loop import Training, steps_per_epoch
@@ -284,7 +284,7 @@ def _tell_norms(config: RunConfig, model: nn.Module, forward_passes: int, leads:
             "%s has no running statistics: a test image is normalized with the others of its chunk "
             "(%d in their order), so that its error depends on them",
             untracked[0],
-            EVALUATION_CHUNK,
+            evaluation_chunk(*config.dataset.image[1:]),
         )
 
 
@@ -360,7 +360,8 @@ def _tried(config: RunConfig, model: nn.Module, device: str) -> bool:
             line = f"as_published=true: of the last {last} test images in train mode, {error}"
             raise ValueError(line) from error
     model.eval()
-    for count in {min(tests, EVALUATION_CHUNK), tests % EVALUATION_CHUNK} - {0}:
+    chunk = evaluation_chunk(*config.dataset.image[1:])
+    for count in {min(tests, chunk), tests % chunk} - {0}:
         run(count)
     return drops
 

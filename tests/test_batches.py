@@ -7,7 +7,7 @@ import torch
 from gnbench import build
 from gnbench.check import compose
 from gnbench.datasets import Dataset
-from gnbench.train.batches import PAD, EpochPlan, ResidentData, draw_epoch
+from gnbench.train.batches import PAD, EpochPlan, ResidentData, draw_epoch, evaluation_chunk
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -199,3 +199,17 @@ def test_a_training_sees_the_images_in_this_order(size, order, accumulate):
         assert own.tolist() == labels[plan.order].tolist()
     if order[0] == "sorted_by_class":
         assert runs_of(found[:size]) == [(label, size // 4) for label in range(4)]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "fashion_mnist", "fashion_mini"])
+def test_datasets_of_small_images_are_evaluated_500_at_a_time(name):
+    _, height, width = compose(f"dataset={name}").dataset.image
+    assert evaluation_chunk(height, width) == 500
+
+
+@pytest.mark.parametrize(("side", "images"), [(64, 500), (96, 222), (224, 40), (4096, 1)])
+def test_large_images_are_evaluated_fewer_at_a_time(side, images):
+    """So that a ResNet-50 at 224×224 needs about as much memory as at 64×64."""
+    assert evaluation_chunk(side, side) == images
+    large = ResidentData(torch.zeros(3, side, side, 1, dtype=torch.uint8), LABELS, [0], [1], CPU)
+    assert large.evaluation_chunk == images

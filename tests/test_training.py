@@ -171,7 +171,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
 
 def test_the_test_error_is_exact_and_in_eval_mode(monkeypatch):
     """Chunks that do not divide the test set; dropout off; running statistics untouched."""
-    monkeypatch.setattr("gnbench.train.engine.EVALUATION_CHUNK", 7)
+    monkeypatch.setattr("gnbench.train.batches.EVALUATION_CHUNK", 7)
     one = training("bn", dropout=0.9, epochs=1)
     [row] = rows(one)
     model = one.engine.model

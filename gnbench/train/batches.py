@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+EVALUATION_CHUNK = 500  # images a forward pass of an evaluation, at the most
+EVALUATION_PIXELS = 500 * 64 * 64  # likewise; 40 images of 224×224
 PAD = 4  # pixels on every side that pad_crop_flip may shift by (He et al. 2016, 4.2)
 
 
@@ -66,6 +68,14 @@ def draw_epoch(
     return EpochPlan(torch.from_numpy(drawn), flip, shift)
 
 
+def evaluation_chunk(height: int, width: int) -> int:
+    """Return how many images a forward pass of an evaluation takes, of the size of these.
+
+    It follows from the dataset alone, so that a test error is reproducible.
+    """
+    return max(1, min(EVALUATION_CHUNK, EVALUATION_PIXELS // (height * width)))
+
+
 class ResidentData:
     """Images and labels that live on the device as uint8 and int64.
 
@@ -90,6 +100,11 @@ class ResidentData:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def evaluation_chunk(self) -> int:
+        """How many of its images a forward pass of an evaluation takes."""
+        return evaluation_chunk(*self.images.shape[1:3])
 
     def batch(self, plan: EpochPlan, where: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Return inputs (float32, n,C,H,W) and labels (n) of the positions ``where`` (n)."""

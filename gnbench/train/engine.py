@@ -25,8 +25,6 @@ from gnbench.train.distributed import ProcessGroup
 
 log = logging.getLogger(__name__)
 
-EVALUATION_CHUNK = 500  # images a forward pass; fixed, so that the test error is reproducible
-
 Network = Callable[[Tensor], Tensor]
 
 
@@ -151,8 +149,9 @@ class EagerEngine:
         self.process_group.copy_from_first(list(self.model.buffers()))
         self.model.eval()
         rank, processes = self.process_group.rank, self.process_group.size
-        for start in range(rank * EVALUATION_CHUNK, len(data), processes * EVALUATION_CHUNK):
-            inputs, labels = data.chunk(start, start + EVALUATION_CHUNK)
+        size = data.evaluation_chunk
+        for start in range(rank * size, len(data), processes * size):
+            inputs, labels = data.chunk(start, start + size)
             with self._autocast():
                 logits = self.model(inputs)
             self._count(F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels)
@@ -285,12 +284,14 @@ class EagerEngine:
 
 @torch.inference_mode()
 def find_correct(
-    network: Network, data: ResidentData, precision: str, chunk: int = EVALUATION_CHUNK
+    network: Network, data: ResidentData, precision: str, chunk: int | None = None
 ) -> Tensor:
     """Return for every image in its order whether ``network`` is right (bool, on the CPU).
 
-    ``chunk`` images go through it at a time; it is in the mode in which it is given.
+    ``chunk`` images go through it at a time, else as many as in an evaluation; it is in the mode in
+    which it is given.
     """
+    chunk = chunk or data.evaluation_chunk
     correct = []
     for start in range(0, len(data), chunk):
         inputs, labels = data.chunk(start, start + chunk)
