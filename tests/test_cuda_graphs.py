@@ -11,7 +11,14 @@ from gnbench.train import cuda_graphs
 from gnbench.train.cuda_graphs import CudaGraphs
 from gnbench.train.replicas import ReplicaGroup
 from tests.fake_cuda import Cuda
-from tests.trainings import CPU, assert_same_weights, rows, timeless, training
+from tests.trainings import (
+    CPU,
+    assert_same_weights,
+    in_turns,
+    leaving_one_by_one,
+    rows,
+    training,
+)
 
 SHORT = {"batch_size": 5, "epochs": 3}  # nine steps and a partial one an epoch: 4, 4, 1, and 1
 
@@ -123,54 +130,32 @@ def test_workspaces_are_the_graph_s_own(cuda):
     assert cuda.faults == []
 
 
-def three(cuda):
-    group = ReplicaGroup(CudaGraphs(CPU), CPU)
-    return [training("gn", seed=seed, group=group, **SHORT) for seed in (3, 4, 5)]
+def three(group=None, **settings):
+    return [training("gn", seed=seed, group=group, **SHORT | settings) for seed in (3, 4, 5)]
 
 
-def alone():
-    return [training("gn", seed=seed, **SHORT) for seed in (3, 4, 5)]
-
-
-def test_the_first_replica_leaves_and_the_others_train_and_evaluate_on(cuda):
+def test_replicas_leave_and_the_others_train_and_evaluate_on(cuda):
     """No graph dies while another one of its stream is still replayed."""
-    others = alone()
-    expected = [rows(one) for one in others]
-    together = three(cuda)
-    found, calls = [[], [], []], [one.run() for one in together]
-    while together[0].position.epoch < 2:
-        for number, call in enumerate(calls):
-            found[number] += [row for row in [next(call)] if row]
-    together[0].engine.close()
-    captures = cuda.captures
-    for number in (1, 2):
-        found[number] += [row for row in calls[number] if row]
-    assert cuda.captures > captures
+    alone, together = three(epochs=5), three(ReplicaGroup(CudaGraphs(CPU), CPU), epochs=5)
+    expected = [rows(one) for one in alone]
+    found = leaving_one_by_one(together)
+    assert [len(own) for own in found] == [2, 4, 5]
+    assert found == [wanted[: len(own)] for own, wanted in zip(found, expected, strict=True)]
+    assert together[2].engine.name == "graph"
+    assert_same_weights(together[2], alone[2])
     assert cuda.faults == []
-    assert [[timeless(row) for row in own] for own in found[1:]] == expected[1:]
-    for one, other in zip(together[1:], others[1:], strict=True):
-        assert one.engine.name == "graph"
-        assert_same_weights(one, other)
 
 
 def test_a_branch_that_cannot_be_captured_costs_the_others_nothing(cuda):
-    expected = [rows(one) for one in alone()]
-    together = three(cuda)
+    expected = [rows(one) for one in three()]
+    together = three(ReplicaGroup(CudaGraphs(CPU), CPU))
 
     def refuse(*_):
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("not in a capture")
 
     together[1].engine.model.register_forward_pre_hook(refuse)
-    found, calls = [[], [], []], dict(enumerate(one.run() for one in together))
-    while calls:
-        for number, call in list(calls.items()):
-            row = next(call, "over")
-            if row == "over":
-                del calls[number]
-            elif row:
-                found[number].append(timeless(row))
-    assert found == expected
+    assert in_turns(together) == expected
     assert [one.engine.name for one in together] == ["graph", "eager", "graph"]
     assert cuda.faults == []
 
