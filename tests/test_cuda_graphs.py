@@ -27,6 +27,7 @@ SHORT = {"batch_size": 5, "epochs": 3}  # nine steps and a partial one an epoch:
 def cuda(monkeypatch):
     monkeypatch.setattr("gnbench.train.graph_engine.STEPS_A_GRAPH", 4)
     gc.collect()  # graphs of other tests
+    monkeypatch.setattr(torch, "__version__", "2.14.1")  # as which the stand-in behaves
     found = Cuda()
     found.install(monkeypatch)
     yield found
