@@ -22,10 +22,11 @@ from gnbench.datasets import Dataset
 from gnbench.errors import ConfigError, one_line
 from gnbench.norms import BatchGroupNorm, BatchRenorm, standardize_weights
 from gnbench.train import distributed
-from gnbench.train.batches import ResidentData
-from gnbench.train.devices import choose_device, flush_denormals
-from gnbench.train.engine import EVALUATION_CHUNK, EagerEngine
+from gnbench.train.batches import ResidentData, evaluation_chunk
+from gnbench.train.devices import choose_device, flush_denormals, set_float32_products
+from gnbench.train.engine import EagerEngine
 from gnbench.train.graph_engine import Engine, GraphEngine
+from gnbench.train.layout import place
 from gnbench.train.loop import Training, steps_per_epoch
 from gnbench.train.replicas import ReplicaGroup, replica_group
 
@@ -207,9 +208,10 @@ def build_training(
     processes = distributed.process_group(device)
     flush_denormals()
     if device.type == "cuda":
-        make_deterministic()
+        make_deterministic(config.precision)
     torch.manual_seed(config.seed)
-    model = build_model(config).to(device)  # drawn on the CPU: the same on every device
+    model = build_model(config)  # drawn on the CPU: the same on every device
+    channels_last = place(model, device)
     if processes.rank > 0:  # dropout must not drop the same units in every process
         sequence = np.random.SeedSequence([config.seed, processes.rank])
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
@@ -235,15 +237,14 @@ def build_training(
         log.warning("compile=true: not on several processes; going on without")
     total_steps = training_length(config)[0]
     _tell_norms(config, model, total_steps * config.batch.accumulate, processes.leads)
-    mean, std = datasets.normalization(dataset, config.dataset)
+    how = (*datasets.normalization(dataset, config.dataset), device, channels_last)
     validation = None
     if dataset.validation_images is not None and dataset.validation_labels is not None:
-        held_out = (dataset.validation_images, dataset.validation_labels)
-        validation = ResidentData(*held_out, mean, std, device)
+        validation = ResidentData(dataset.validation_images, dataset.validation_labels, *how)
     return Training(
         engine,
-        ResidentData(dataset.train_images, dataset.train_labels, mean, std, device),
-        ResidentData(dataset.test_images, dataset.test_labels, mean, std, device),
+        ResidentData(dataset.train_images, dataset.train_labels, *how),
+        ResidentData(dataset.test_images, dataset.test_labels, *how),
         validation,
         batch_size=config.sgd_batch,
         drop_last=drops_last(config),
@@ -283,7 +284,7 @@ def _tell_norms(config: RunConfig, model: nn.Module, forward_passes: int, leads:
             "%s has no running statistics: a test image is normalized with the others of its chunk "
             "(%d in their order), so that its error depends on them",
             untracked[0],
-            EVALUATION_CHUNK,
+            evaluation_chunk(*config.dataset.image[1:]),
         )
 
 
@@ -359,7 +360,8 @@ def _tried(config: RunConfig, model: nn.Module, device: str) -> bool:
             line = f"as_published=true: of the last {last} test images in train mode, {error}"
             raise ValueError(line) from error
     model.eval()
-    for count in {min(tests, EVALUATION_CHUNK), tests % EVALUATION_CHUNK} - {0}:
+    chunk = evaluation_chunk(*config.dataset.image[1:])
+    for count in {min(tests, chunk), tests % chunk} - {0}:
         run(count)
     return drops
 
@@ -405,8 +407,8 @@ def _watch_statistics(model: nn.Module) -> Callable[[], str]:
     return lambda: found[0] if found else ""
 
 
-def make_deterministic() -> None:
-    """Have the same seed give the same bits on a GPU: no TF32, deterministic kernels.
+def make_deterministic(precision: str) -> None:
+    """Have the same seed give the same bits on a GPU by deterministic kernels; TF32 only if asked.
 
     Where torch has none it warns; no layer of conf/ is known to need one.
     """
@@ -415,7 +417,7 @@ def make_deterministic() -> None:
     # Which would take a kernel for every tensor that is about to be written anyway.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False
+    set_float32_products(precision)
 
 
 def refusal(config: RunConfig, *keys: str, error: Exception) -> ConfigError:

@@ -24,7 +24,7 @@ from gnbench.composition import composed
 from gnbench.config import COMPONENTS, DatasetConfig, RunConfig
 from gnbench.errors import ConfigError, one_line
 from gnbench.train import distributed
-from gnbench.train.devices import choose_device, free_memory_bytes, has_native_bf16
+from gnbench.train.devices import choose_device, free_memory_bytes, has_native_bf16, has_tf32
 from gnbench.train.loop import steps_per_epoch
 
 # Types of settings in a component's signature that are held against the values; others are not.
@@ -101,6 +101,11 @@ def check_machine(config: RunConfig, remote: bool = False) -> None:
         raise ConfigError(
             f"precision=bf16: the {device.type} of this machine computes bf16 in emulation, many "
             "times more slowly than fp32; choose precision=fp32"
+        )
+    if config.precision == "tf32" and not has_tf32(device):
+        raise ConfigError(
+            f"precision=tf32: the {device.type} of this machine has no TF32, as GPUs have from "
+            "compute capability 8 on; choose precision=fp32"
         )
 
 

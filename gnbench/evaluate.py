@@ -61,7 +61,6 @@ def evaluate(config: EvaluateConfig) -> bool:
         LockedError: if another process is evaluating one of the studies, likewise.
         WriteError: if a table cannot be written.
     """
-    from gnbench.build import make_deterministic
     from gnbench.train import devices
 
     studies = find_studies(config.outputs, config.study)
@@ -75,8 +74,6 @@ def evaluate(config: EvaluateConfig) -> bool:
                 raise LockedError(f"{study}: another process is evaluating it") from None
         device = stack.enter_context(devices.claimed(config.device))
         devices.flush_denormals()
-        if device.type == "cuda":
-            make_deterministic()
         for study, rows in tables.items():
             failed |= _evaluate_study(config, study, rows, device)
     return not failed
@@ -116,10 +113,11 @@ def _evaluate_run(
     """Evaluate the run of a ``run.json``, adding to ``rows``; yield what is to be said of it."""
     import torch
 
-    from gnbench.build import build_model
+    from gnbench.build import build_model, make_deterministic
     from gnbench.datasets import normalization
     from gnbench.train.batch_statistics import batch_norms, evaluated, trained_images
     from gnbench.train.batches import ResidentData
+    from gnbench.train.layout import place
 
     record = read_record(path)
     if record["status"] != "completed":
@@ -134,7 +132,9 @@ def _evaluate_run(
         name = run.norm.name
         yield f"norm={name}: other statistics are defined for batch norm: nothing to evaluate"
         return
-    model = model.to(device).eval()
+    if device.type == "cuda":
+        make_deterministic(run.precision)
+    channels_last = place(model.eval(), device)
     names = (run.dataset.name, run.model.name, run.norm.name, run.batch_size, run.seed)
     digest = hashlib.sha256(weights).hexdigest()[:8]
     own = trained_images(run, model)
@@ -153,8 +153,9 @@ def _evaluate_run(
         return
     dataset = _dataset(config, run, datasets)
     mean, std = normalization(dataset, run.dataset)
-    train = ResidentData(dataset.train_images, dataset.train_labels, mean, std, device)
-    test = ResidentData(dataset.test_images, dataset.test_labels, mean, std, device)
+    how = (mean, std, device, channels_last)
+    train = ResidentData(dataset.train_images, dataset.train_labels, *how)
+    test = ResidentData(dataset.test_images, dataset.test_labels, *how)
     for name, images, wrong in evaluated(run, model, train, test, wanted):
         error = 100 * wrong / len(test)
         row = {"statistics": name, "images": _text(images), "test_error": error}

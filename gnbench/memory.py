@@ -46,18 +46,24 @@ def measure(run: RunConfig) -> dict[str, Any]:
     """
     import torch
 
-    from gnbench.build import build_model, build_optimizer
+    from gnbench.build import build_model, build_optimizer, make_deterministic
     from gnbench.train.devices import choose_device, peak_memory_bytes, reset_peak_memory
     from gnbench.train.engine import EagerEngine
+    from gnbench.train.layout import place
 
     device = choose_device(run.device)
+    if device.type == "cuda":
+        make_deterministic(run.precision)  # as in a training
     torch.manual_seed(run.seed)
-    model = build_model(run).to(device).train()
+    model = build_model(run).train()
+    channels_last = place(model, device)
     optimizer = build_optimizer(run, model)
     engine = EagerEngine(model, optimizer, run.optimizer.lr, lambda _: 1.0, run.precision, device)
     channels, height, width = run.dataset.image
-    # Noise, since a norm may treat constant images otherwise; channels last, as in a training.
+    # Noise, since a norm may treat constant images otherwise; in memory as in a training.
     inputs = torch.randn(run.batch_size, height, width, channels).to(device).permute(0, 3, 1, 2)
+    if not channels_last:
+        inputs = inputs.contiguous()
     labels = torch.zeros(run.batch_size, dtype=torch.int64, device=device)
     activations = engine.activation_bytes(inputs, labels)
     reset_peak_memory(device)

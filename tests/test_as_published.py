@@ -269,7 +269,7 @@ def test_on_cuda_the_run_itself_is_the_same_to_the_bit(tiny_config, engine):
     with_it, without = (
         tiny_config(*chosen, f"study={s}", f"as_published={s}") for s in ("true", "false")
     )
-    run(with_it), run(without)
+    assert [run(one)["engine"] for one in (with_it, without)] == [engine, engine]
     folder, other = RunDirectory(with_it.run_dir), RunDirectory(without.run_dir)
     assert measured(folder.metrics_path) == measured(other.metrics_path)
     assert len(table(with_it)) == 4

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ import torch
 from gnbench import build
 from gnbench.check import compose
 from gnbench.datasets import Dataset
-from gnbench.train.batches import PAD, EpochPlan, ResidentData, draw_epoch
+from gnbench.train.batches import PAD, EpochPlan, ResidentData, draw_epoch, evaluation_chunk
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -24,6 +26,21 @@ def pixels(inputs):
     mean = torch.tensor([0.5, 0.25, 0.0]).view(1, 3, 1, 1)
     std = torch.tensor([0.5, 1.0, 0.25]).view(1, 3, 1, 1)
     return (255 * (inputs * std + mean)).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("where", [slice(0, 4), torch.tensor([5, 0])])
+def test_inputs_in_either_order_in_memory_are_the_same(data, where):
+    plan = EpochPlan(torch.arange(6), torch.arange(6) % 2 == 0, None)
+    other = copy.copy(data)
+    other.channels_last = False
+    for one, two in ((data, other), (data.reordered(plan.order), other.reordered(plan.order))):
+        (last, labels), (rows, same) = one.batch(plan, where), two.batch(plan, where)
+        assert last.is_contiguous(memory_format=torch.channels_last)
+        assert rows.is_contiguous()
+        assert torch.equal(last, rows)
+        assert torch.equal(labels, same)
+    assert torch.equal(data.chunk(2, 5)[0], other.chunk(2, 5)[0])
+    assert other.chunk(2, 5)[0].is_contiguous()
 
 
 def test_the_plan_is_a_function_of_seed_and_epoch_alone():
@@ -182,3 +199,17 @@ def test_a_training_sees_the_images_in_this_order(size, order, accumulate):
         assert own.tolist() == labels[plan.order].tolist()
     if order[0] == "sorted_by_class":
         assert runs_of(found[:size]) == [(label, size // 4) for label in range(4)]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "fashion_mnist", "fashion_mini"])
+def test_datasets_of_small_images_are_evaluated_500_at_a_time(name):
+    _, height, width = compose(f"dataset={name}").dataset.image
+    assert evaluation_chunk(height, width) == 500
+
+
+@pytest.mark.parametrize(("side", "images"), [(64, 500), (96, 222), (224, 40), (4096, 1)])
+def test_large_images_are_evaluated_fewer_at_a_time(side, images):
+    """So that a ResNet-50 at 224×224 needs about as much memory as at 64×64."""
+    assert evaluation_chunk(side, side) == images
+    large = ResidentData(torch.zeros(3, side, side, 1, dtype=torch.uint8), LABELS, [0], [1], CPU)
+    assert large.evaluation_chunk == images

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pandas as pd
@@ -145,7 +146,7 @@ def test_engines_on_a_gpu_are_timed_with_replicas_too():
         *("eager fp32", "eager fp32 ×2", "eager bf16", "eager bf16 ×2"),
     ]
     assert list(map(str, bench.candidates(config(), on_gpu=True))) == [
-        *("plain fp32", "eager fp32", "eager fp32 ×2"),
+        *("plain fp32", "plain deterministic fp32", "eager fp32", "eager fp32 ×2"),
         *("graph fp32", "graph fp32 8 replicas", "graph fp32 ×2"),
     ]
 
@@ -155,7 +156,8 @@ def test_engines_on_a_gpu_are_timed_with_replicas_too():
     [
         *(("rounds", 0, "rounds=0"), ("seconds", 0, "seconds=0"), ("norms", [], "norms=")),
         *(("runs", [1, 1], "runs="), ("norms", ["gm"], "norm/gm"), ("outputs", "", "outputs=")),
-        *(("precisions", ["fp8"], "fp8"), ("replicas", [17], "17"), ("batch_sizes", [0], "=0")),
+        *(("precisions", ["fp8"], "fp8"), ("precisions", ["tf32"], "precision=tf32")),
+        *(("replicas", [17], "17"), ("batch_sizes", [0], "=0")),
     ],
 )
 def test_bad_input_is_refused_by_name(key, value, named):
@@ -163,12 +165,13 @@ def test_bad_input_is_refused_by_name(key, value, named):
         bench.check(config(**{key: value}))
 
 
-def test_bf16_is_left_out_where_it_is_emulated(monkeypatch, capsys):
+@pytest.mark.parametrize("lacking", ["bf16", "tf32"])
+def test_a_precision_that_the_device_has_not_is_left_out(monkeypatch, capsys, lacking):
     monkeypatch.setattr(devices, "has_native_bf16", lambda device: False)
-    _, everyone = bench.check(config(precisions=["bf16", "fp32"]))
+    _, everyone = bench.check(config(precisions=[lacking, "fp32"]))
     assert {candidate.precision for candidate in everyone} == {"fp32"}
     [line] = capsys.readouterr().err.splitlines()
-    assert "bf16" in line
+    assert lacking in line
 
 
 def own_norm(folder):
@@ -227,6 +230,24 @@ def test_a_training_that_ends_is_said_to_end():
     loop = EngineLoop(compose(*tiny.OVERRIDES, "norm=none", "optimizer=sgd", "optimizer.lr=1e9"))
     with pytest.raises(CandidateError, match="diverged"):
         loop.take(100)
+
+
+@pytest.mark.parametrize(("fails", "counted"), [(True, None), (False, 1.0)])
+def test_without_a_profiler_there_is_no_count_but_a_row(monkeypatch, capsys, fails, counted):
+    """On a GPU a profiler may refuse to begin once graphs have been captured."""
+
+    @contextmanager
+    def profile(activities):
+        if fails:
+            raise RuntimeError("CUPTI_ERROR_NOT_COMPATIBLE")
+        taken = [SimpleNamespace(device_type=SimpleNamespace(name="CUDA"))] * worker.COUNTED_STEPS
+        yield SimpleNamespace(events=lambda: taken)
+
+    monkeypatch.setattr(torch.profiler, "profile", profile)
+    loop = EngineLoop(compose(*tiny.OVERRIDES, "norm=bn", "batch_size=2", "epochs=50"))
+    loop.device = torch.device("cuda", 0)
+    assert loop.kernels() == counted
+    assert ("CUPTI_ERROR" in capsys.readouterr().err) is fails
 
 
 @pytest.mark.slow

@@ -252,7 +252,7 @@ BAD = {
     "norm=lrn norm.alpha=abc": "norm.alpha=abc: must be of type float",
     "batch=fixed_steps batch.reference_size=60000 schedule.warmup_epochs=30": "warmup_epochs=30",
     "optimizer.decay_norm_and_bias=some": "bias=some: must be true or false",
-    "precision=fp16": "precision=fp16: choose one of fp32, bf16",
+    "precision=fp16": "precision=fp16: choose one of fp32, tf32, bf16",
     "engine=warp": "engine=warp: choose one of auto, eager, graph",
     "device=tpu": "device=tpu: choose one of auto, cpu, cuda, cuda:N",
     "device=cuda:77": "device=cuda:77: this machine has . CUDA devices",
@@ -407,6 +407,12 @@ def test_bf16_is_refused_where_the_processor_emulates_it(monkeypatch):
     check.check(parsed("precision=bf16"))  # of other machines this says nothing
     monkeypatch.setattr(check, "has_native_bf16", lambda device: True)
     compose("precision=bf16", "device=cpu")
+
+
+def test_tf32_is_refused_on_a_processor():
+    with pytest.raises(ConfigError, match=r"^precision=tf32: the cpu .* choose precision=fp32$"):
+        compose("precision=tf32", "device=cpu")
+    check.check(parsed("precision=tf32"))
 
 
 def test_checking_leaves_the_random_generator_alone():

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -45,3 +47,28 @@ def test_bf16_that_takes_many_times_as_long_as_fp32_is_not_native(monkeypatch, s
 )
 def test_which_errors_say_that_there_is_no_memory(error, full):
     assert devices.is_out_of_memory(error) is full
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "32"), ("8", "8")])
+def test_cuda_gets_a_queue_for_each_replica_unless_told_otherwise(monkeypatch, given, found):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given or "")
+    if given is None:
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    devices.choose_device("cpu")
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == found
+
+
+@pytest.mark.parametrize(
+    ("precision", "found"), [("fp32", "ieee"), ("bf16", "ieee"), ("tf32", "tf32")]
+)
+def test_float32_is_computed_in_float32_unless_asked_and_no_release_warns(precision, found):
+    """Warnings are errors here."""
+    cuda = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [products.fp32_precision for products in cuda]
+    try:
+        devices.set_float32_products("tf32" if found == "ieee" else "fp32")
+        devices.set_float32_products(precision)
+        assert [products.fp32_precision for products in cuda] == [found, found]
+    finally:
+        for products, precision in zip(cuda, before, strict=True):
+            products.fp32_precision = precision

@@ -5,6 +5,7 @@ What the device itself adds (streams, pools, the capture) is tested where there 
 
 import copy
 import gc
+import math
 import weakref
 
 import pytest
@@ -222,11 +223,16 @@ SETTINGS = [
     ["schedule=constant", "dataset.augmentation=pad_crop_flip"],
     ["model.dropout=0.5"],
     ["precision=bf16"],
+    ["precision=tf32"],
+    ["batch.accumulate=2", "norm=bn"],
     ["compile=true"],
 ]
 
 
 def assert_graph_is_eager_on_cuda(tiny_config, *settings, falls_back=False):
+    short = {"precision=bf16", "precision=tf32"} & {*settings}
+    if short and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("this GPU has neither bf16 nor TF32")
     trained, found = [], []
     for engine in ("eager", "graph"):
         config = tiny_config(
@@ -275,3 +281,30 @@ def test_on_cuda_a_run_starts_as_on_the_cpu_and_repeats_itself(tiny_config, norm
         assert torch.equal(a.cpu(), b)
     assert rows(one) == rows(two)
     assert_same_weights(one, two)
+    assert one.engine.name == two.engine.name == "graph"
+
+
+@pytest.mark.cuda
+@on_cuda
+@pytest.mark.parametrize("norm", ["bn", "gn"])
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_on_cuda_a_checkpoint_of_a_cpu_goes_on(tiny_config, tmp_path, norm, engine, optimizer):
+    """And comes back: the moments lie elsewhere in another order."""
+
+    def built(device):
+        chosen = (f"norm={norm}", f"engine={engine}", f"optimizer={optimizer}", "epochs=6")
+        config = tiny_config(f"device={device}", *chosen)
+        return build_training(config, load_dataset(config))
+
+    state = None
+    for device in ("cpu", "cuda", "cpu"):
+        one = built(device)
+        if state:
+            one.load_state_dict(state)
+        calls, end = one.run(), one.position.step + 12
+        while one.position.step < end:
+            next(calls)
+        assert one.engine.name == ("eager" if device == "cpu" else engine)
+        state = through_a_file(one, tmp_path / "checkpoint.pt")
+    assert math.isfinite(state["processes"][0]["loss_sum"])

@@ -9,6 +9,7 @@ import signal
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from gnbench import build
 from gnbench.errors import Interrupted, LockedError
@@ -20,7 +21,16 @@ from gnbench.train.graph_engine import GraphEngine
 from gnbench.train.replicas import ReplicaGroup
 from tests.conftest import measured
 from tests.replays import Recorder
-from tests.trainings import CPU, NORMS, Network, assert_same_weights, rows, timeless, training
+from tests.trainings import (
+    CPU,
+    NORMS,
+    Network,
+    assert_same_weights,
+    in_turns,
+    leaving_one_by_one,
+    rows,
+    training,
+)
 
 SHORT = {"batch_size": 5, "epochs": 3}  # nine steps and a partial one an epoch: 4, 4, 1, and 1
 REPLICAS = (
@@ -37,20 +47,6 @@ def short(monkeypatch):
 
 def three(*, group=None, device=CPU, **settings):
     return [training(seed=seed, group=group, device=device, **settings) for seed in (3, 4, 5)]
-
-
-def in_turns(trainings):
-    """Go through the trainings a call each at a time; return their rows."""
-    calls = dict(enumerate(one.run() for one in trainings))
-    found = [[] for _ in trainings]
-    while calls:
-        for number, call in list(calls.items()):
-            row = next(call, "over")
-            if row == "over":
-                del calls[number]
-            elif row:
-                found[number].append(timeless(row))
-    return found
 
 
 def assert_together_as_alone(group, **settings):
@@ -419,20 +415,46 @@ def test_they_share_one_copy_of_the_images(tiny_config, recorder, monkeypatch):
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 
 
+def on_a_gpu():
+    """Return the settings of a training on it, and a group of replicas."""
+    build.make_deterministic("fp32")
+    device = torch.device("cuda", 0)
+    return {"device": device, **SHORT}, ReplicaGroup(cuda_graphs.CudaGraphs(device), device)
+
+
 @pytest.mark.cuda
 @on_cuda
 @pytest.mark.parametrize("norm", NORMS)
 def test_on_cuda_each_replica_is_what_it_is_alone(norm):
-    device = torch.device("cuda", 0)
-    group = ReplicaGroup(cuda_graphs.CudaGraphs(device), device)
-    assert_together_as_alone(group, norm=norm, device=device, **SHORT)
+    settings, group = on_a_gpu()
+    assert_together_as_alone(group, norm=norm, **settings)
 
 
 @pytest.mark.cuda
 @on_cuda
+@pytest.mark.parametrize("norm", ["bn", "gn"])
+def test_on_cuda_the_first_replica_leaves_and_the_others_go_on(norm):
+    """Whose graphs its graphs' end must not harm, nor what is captured anew (pytorch#193402)."""
+    settings, group = on_a_gpu()
+    settings |= {"norm": norm, "epochs": 6}
+    alone = three(**settings)
+    expected = [rows(one) for one in alone]
+    together = three(group=group, **settings)
+    found = leaving_one_by_one(together)
+    for own, wanted in zip(found, expected, strict=True):
+        assert own == wanted[: len(own)]
+    assert len(found[2]) == 6
+    assert together[2].engine.name == "graph"
+    assert_same_weights(together[2], alone[2])
+
+
+@pytest.mark.cuda
+@on_cuda
+@pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.12", reason="torch 2.11 has no capture after a failed one"
+)
 def test_on_cuda_a_branch_that_cannot_be_captured_costs_the_others_nothing():
-    settings = {"device": torch.device("cuda", 0), **SHORT}
-    group = ReplicaGroup(cuda_graphs.CudaGraphs(settings["device"]), settings["device"])
+    settings, group = on_a_gpu()
     expected = [rows(one) for one in three(**settings)]
     together = three(group=group, **settings)
 

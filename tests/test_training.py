@@ -123,6 +123,43 @@ def test_the_form_of_a_checkpoint_stays():
     assert state["processes"][0].keys() == {"loss_sum", "wrong", "rng", "cuda_rng"}
 
 
+def in_channels_last(one):
+    """Have the weights, and so the moments to come, lie as on a GPU."""
+    one.engine.model.to(memory_format=torch.channels_last)
+    return one
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(("saved", "resumed"), [(True, True), (False, True), (True, False)])
+def test_moments_of_a_checkpoint_come_to_lie_as_the_weights_do(tmp_path, optimizer, saved, resumed):
+    """One of a CPU goes on on a GPU, and the other way round."""
+
+    def built(last):
+        one = training(optimizer=optimizer, epochs=3)
+        return in_channels_last(one) if last else one
+
+    whole, first = built(resumed), built(saved)
+    expected = rows(whole)
+    calls = first.run()
+    while first.position.step < 8:
+        next(calls)
+    other = built(resumed)
+    other.load_state_dict(through_a_file(first, tmp_path / "checkpoint.pt"))
+    kernels = other.engine.model[4].weight
+    assert kernels.is_contiguous() is not resumed
+    for parameter, values in other.engine.optimizer.state.items():
+        moments = [value for value in values.values() if value.shape == parameter.shape]
+        assert moments
+        assert {moment.stride() for moment in moments} == {parameter.stride()}
+    found = rows(other)
+    if saved == resumed:
+        assert found == expected[-len(found) :]
+        assert_same_weights(other, whole)
+    else:  # the steps before were rounded otherwise
+        for row, wanted in zip(found, expected[-len(found) :], strict=True):
+            assert row.train_loss == pytest.approx(wanted.train_loss, rel=1e-3)
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_does_not():
     found = []
     for seed in (1, 1, 2):
@@ -134,7 +171,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
 
 def test_the_test_error_is_exact_and_in_eval_mode(monkeypatch):
     """Chunks that do not divide the test set; dropout off; running statistics untouched."""
-    monkeypatch.setattr("gnbench.train.engine.EVALUATION_CHUNK", 7)
+    monkeypatch.setattr("gnbench.train.batches.EVALUATION_CHUNK", 7)
     one = training("bn", dropout=0.9, epochs=1)
     [row] = rows(one)
     model = one.engine.model

@@ -129,6 +129,34 @@ def rows(training):
     return [timeless(row) for row in training.run() if row is not None]
 
 
+def in_turns(trainings):
+    """Go through the trainings a call each at a time; return their rows."""
+    calls = dict(enumerate(one.run() for one in trainings))
+    found = [[] for _ in trainings]
+    while calls:
+        for number, call in list(calls.items()):
+            row = next(call, "over")
+            if row == "over":
+                del calls[number]
+            elif row:
+                found[number].append(timeless(row))
+    return found
+
+
+def leaving_one_by_one(trainings):
+    """Close the first one after two epochs, the next after two more, and so on but for the last."""
+    found, calls = [[] for _ in trainings], [one.run() for one in trainings]
+    for leaving, one in enumerate(trainings[:-1]):
+        while one.position.epoch < 2 + 2 * leaving:
+            for number, call in list(enumerate(calls))[leaving:]:
+                found[number] += [timeless(row) for row in [next(call)] if row]
+        one.engine.close()
+        if one.engine.device.type == "cuda":
+            torch.cuda.empty_cache()  # as at the end of a run
+    found[-1] += [timeless(row) for row in calls[-1] if row]
+    return found
+
+
 def timeless(row):
     return dataclasses.replace(row, **TIMES)
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from gnbench import cli, files
 from gnbench.bench.compare import (
+    DETERMINISTIC,
     FLUSHED,
     PLAIN,
     Candidate,
@@ -40,6 +41,9 @@ from gnbench.config import (
 )
 from gnbench.errors import FAILED, ConfigError
 from gnbench.runs.directory import now, versions
+
+if TYPE_CHECKING:
+    import torch
 
 QUICK = "--config-name=bench_quick"
 CASE = ("dataset", "model", "norm", "batch_size")  # what all candidates train
@@ -82,7 +86,7 @@ def cores() -> int:
 
 def candidates(config: BenchConfig, on_gpu: bool) -> list[Candidate]:
     """Return who is timed, the plain loop in front."""
-    plain = [PLAIN] if on_gpu else [PLAIN, FLUSHED]
+    plain = [PLAIN, DETERMINISTIC if on_gpu else FLUSHED]
     return [
         *(Candidate(engine, precision) for engine in plain for precision in config.precisions),
         *(
@@ -102,21 +106,25 @@ def check(
 ) -> tuple[dict[tuple[Any, ...], RunConfig], list[Candidate]]:
     """Return what is trained, by the values of `CASE`, and by whom.
 
-    ``folders`` hold YAML files of one's own. bf16 is left out where it would be emulated.
+    ``folders`` hold YAML files of one's own. Of several precisions those are left out that the
+    device has not.
 
     Raises:
         ConfigError: for a setting that cannot work, before anything is started.
     """
     from gnbench.check import compose
-    from gnbench.train.devices import choose_device, has_native_bf16
+    from gnbench.train.devices import choose_device, has_native_bf16, has_tf32
     from gnbench.train.replicas import MOST_REPLICAS
 
     device = choose_device(config.device)
     if max(config.replicas) > MOST_REPLICAS:
         raise ConfigError(f"replicas={config.replicas}: at most {MOST_REPLICAS} go side by side")
-    emulated = len(config.precisions) > 1 and not has_native_bf16(device)
-    if emulated:
-        config = config.model_copy(update={"precisions": ["fp32"]})
+    has: dict[str, Callable[[torch.device], bool]] = {"tf32": has_tf32, "bf16": has_native_bf16}
+    optional = [name for name in config.precisions if name in has and len(config.precisions) > 1]
+    lacking = [name for name in optional if not has[name](device)]
+    if lacking:
+        able = [name for name in config.precisions if name not in lacking]
+        config = config.model_copy(update={"precisions": able or ["fp32"]})
     cases = {}
     axes = (config.datasets, config.models, config.norms, config.batch_sizes)
     for case in itertools.product(*axes):
@@ -128,9 +136,9 @@ def check(
             "epochs=1000000",  # it does not end while it is timed
             config_dirs=folders,
         )
-    if emulated:
-        text = f"gnbench: bf16 is left out: the {device.type} of this machine emulates it"
-        print(text, file=sys.stderr)
+    if lacking:
+        lacks = f"left out: the {device.type} of this machine does not compute so by itself"
+        print(f"gnbench: {' and '.join(lacking)} {lacks}", file=sys.stderr)
     return cases, candidates(config, device.type == "cuda")
 
 

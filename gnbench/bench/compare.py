@@ -12,9 +12,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-# No engines of gnbench: the loop that a person would write, and the same loop in the arithmetic of
-# the engines on a CPU, with denormal numbers flushed to zero.
-PLAIN, FLUSHED = "plain", "plain flushed"
+# No engines of gnbench: the loop that a person would write, and the same loop as the engines
+# compute: on a CPU with denormal numbers flushed to zero, on a GPU with deterministic kernels.
+PLAIN, FLUSHED, DETERMINISTIC = "plain", "plain flushed", "plain deterministic"
 PAUSE = 0.05  # seconds between two turns, for the threads of one to fall asleep
 
 
@@ -44,7 +44,7 @@ class Candidate:
     @property
     def is_plain(self) -> bool:
         """Whether it is no engine of gnbench."""
-        return self.engine in (PLAIN, FLUSHED)
+        return self.engine in (PLAIN, FLUSHED, DETERMINISTIC)
 
 
 def take_turns(

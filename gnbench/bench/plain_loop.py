@@ -15,22 +15,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from gnbench.build import build_model, drops_last, load_dataset
+from gnbench.build import build_model, drops_last, load_dataset, make_deterministic
 from gnbench.config import RunConfig
 from gnbench.datasets import Dataset, normalization
-from gnbench.train.devices import choose_device
+from gnbench.train.devices import choose_device, set_float32_products
 
 DATA_WORKERS = 2  # but no more than there are threads
 PREFETCH = 2  # batches that each of them holds ready
 
 
 class PlainLoop:
-    """A training of ``config`` without anything of gnbench but the network and the dataset."""
+    """A training of ``config`` without anything of gnbench but the network and the dataset.
 
-    def __init__(self, config: RunConfig) -> None:
+    On a GPU in the same precision as an engine, and if ``deterministic`` by such kernels, too.
+    """
+
+    def __init__(self, config: RunConfig, deterministic: bool = False) -> None:
         self.device = choose_device(config.device)
         if self.device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in the engines
+            (make_deterministic if deterministic else set_float32_products)(config.precision)
         torch.manual_seed(config.seed)
         self.model = build_model(config).to(self.device)
         factory = instantiate(config.optimizer.arguments(), _convert_="all")

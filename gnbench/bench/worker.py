@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity
 
 from gnbench import cli
-from gnbench.bench.compare import PLAIN, Candidate, CandidateError
+from gnbench.bench.compare import DETERMINISTIC, PLAIN, Candidate, CandidateError
 from gnbench.bench.plain_loop import PlainLoop
 from gnbench.build import build_training, load_dataset, replicas_for
 from gnbench.config import RunConfig
@@ -117,7 +119,7 @@ def start(
     devices.reset_peak_memory(devices.choose_device(config.device))
     config = config.with_(precision=candidate.precision)
     if candidate.is_plain:
-        _loop = PlainLoop(config)
+        _loop = PlainLoop(config, deterministic=candidate.engine == DETERMINISTIC)
     else:
         config = config.with_(engine=candidate.engine, compile=candidate.compiled)
         _loop = EngineLoop(config, candidate.replicas)
@@ -227,11 +229,20 @@ class EngineLoop:
         self.wait()
 
     def kernels(self) -> float | None:
-        """Count the kernels and copies that a step is on a GPU, with all that goes with it."""
+        """Count the kernels and copies that a step is on a GPU, with all that goes with it.
+
+        None on a CPU, and where the profiler, which comes after graphs were captured, cannot count.
+        """
         if self.device.type != "cuda":
             return None
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            steps = self.take(COUNTED_STEPS // len(self.trainings))
-            self.wait()
-        kinds = Counter(event.device_type.name for event in profile.events())
-        return kinds["CUDA"] / steps
+        try:
+            with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profile:
+                steps = self.take(COUNTED_STEPS // len(self.trainings))
+                self.wait()
+            kinds = Counter(event.device_type.name for event in profile.events())
+        except CandidateError:
+            raise
+        except Exception as error:
+            print(f"gnbench: no kernels counted: {one_line(error)}", file=sys.stderr)
+            return None
+        return kinds["CUDA"] / steps or None

@@ -60,7 +60,7 @@ class BatchGroupNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.images = images
-        self.num_groups = num_groups
+        self.num_groups, self.num_channels = num_groups, num_channels
         alone = num_groups == num_channels  # a channel a group: BN has γ and β itself
         self.bn = nn.BatchNorm2d(num_groups, eps, momentum, affine and alone)
         own = affine and not alone

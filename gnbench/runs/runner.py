@@ -9,8 +9,6 @@ import traceback
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, suppress
 
-import torch
-
 from gnbench import build
 from gnbench.check import check, check_machine
 from gnbench.config import RunConfig, run_id
@@ -22,6 +20,7 @@ from gnbench.runs.lock import Heartbeat
 from gnbench.runs.open_run import OpenRun, Record, Shared, built, restored, stoppable
 from gnbench.runs.progress import console, run_log
 from gnbench.train import devices, distributed
+from gnbench.train.cuda_graphs import empty_cache
 from gnbench.train.distributed import ProcessGroup
 from gnbench.train.replicas import MOST_REPLICAS
 
@@ -236,7 +235,7 @@ def _train(
         run.let_go()
     gc.collect()
     if shared.device.type == "cuda":
-        torch.cuda.empty_cache()
+        empty_cache()
     return run.record
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gnbench.config import RunConfig
 from gnbench.norms import BatchGroupNorm, BatchRenorm, SyncBatchNorm
 from gnbench.train.batches import ResidentData, draw_epoch
-from gnbench.train.engine import EVALUATION_CHUNK, autocast, find_correct
+from gnbench.train.engine import autocast, find_correct
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def training_moments(
     plan = plan.to(data.labels.device)
     network = replaced(model, lambda _, bn: OfBatches(bn, images))
     whole = len(data) // images * images
-    step = _chunk(images)
+    step = _chunk(images, data)
     for start in range(0, whole, step):
         inputs, _ = data.batch(plan, slice(start, min(start + step, whole)))
         with autocast(config.precision, inputs.device):
@@ -175,7 +175,7 @@ def evaluated(
     Batches of test images are drawn from all of them, in an order that follows from the seed.
     """
 
-    def wrong(network: nn.Module, chunk: int = EVALUATION_CHUNK, shuffled: bool = False) -> int:
+    def wrong(network: nn.Module, chunk: int | None = None, shuffled: bool = False) -> int:
         data = test
         if shuffled:
             order = draw_epoch(config.seed, 0, len(test), "none").order
@@ -199,7 +199,7 @@ def evaluated(
         }
         for name in statistics:
             batch = name == "batch"
-            chunk = _chunk(images) if batch else EVALUATION_CHUNK
+            chunk = _chunk(images, test) if batch else None
             yield name, images, wrong(networks[name](), chunk, batch)
 
 
@@ -213,6 +213,6 @@ def trained_images(run: RunConfig, model: nn.Module) -> int:
     return run.batch_size
 
 
-def _chunk(images: int) -> int:
+def _chunk(images: int, data: ResidentData) -> int:
     """Return the size of a forward pass: whole batches, about as many images as an evaluation."""
-    return images * max(1, EVALUATION_CHUNK // images)
+    return images * max(1, data.evaluation_chunk // images)

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+EVALUATION_CHUNK = 500  # images a forward pass of an evaluation, at the most
+EVALUATION_PIXELS = 500 * 64 * 64  # likewise; 40 images of 224×224
 PAD = 4  # pixels on every side that pad_crop_flip may shift by (He et al. 2016, 4.2)
 
 
@@ -66,10 +68,19 @@ def draw_epoch(
     return EpochPlan(torch.from_numpy(drawn), flip, shift)
 
 
+def evaluation_chunk(height: int, width: int) -> int:
+    """Return how many images a forward pass of an evaluation takes, of the size of these.
+
+    It follows from the dataset alone, so that a test error is reproducible.
+    """
+    return max(1, min(EVALUATION_CHUNK, EVALUATION_PIXELS // (height * width)))
+
+
 class ResidentData:
     """Images and labels that live on the device as uint8 and int64.
 
-    ``images`` is N,H,W,C; ``mean`` and ``std`` are per channel in [0, 1].
+    ``images`` is N,H,W,C; ``mean`` and ``std`` are per channel in [0, 1]. Inputs of a network lie
+    in memory as the images do, or in N,C,H,W order if not ``channels_last``.
     """
 
     def __init__(
@@ -79,7 +90,9 @@ class ResidentData:
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
+        channels_last: bool = True,
     ) -> None:
+        self.channels_last = channels_last
         self.images = images.to(device)
         self.labels = labels.to(device)
         self._mean = 255 * torch.tensor(mean, dtype=torch.float32, device=device)
@@ -87,6 +100,11 @@ class ResidentData:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def evaluation_chunk(self) -> int:
+        """How many of its images a forward pass of an evaluation takes."""
+        return evaluation_chunk(*self.images.shape[1:3])
 
     def batch(self, plan: EpochPlan, where: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Return inputs (float32, n,C,H,W) and labels (n) of the positions ``where`` (n)."""
@@ -109,8 +127,11 @@ class ResidentData:
         return self._normalize(self.images[start:stop]), self.labels[start:stop]
 
     def _normalize(self, images: Tensor) -> Tensor:
-        """Map uint8 N,H,W,C to normalized float32 N,C,H,W, channels last in memory."""
-        return images.to(torch.float32).sub_(self._mean).div_(self._std).permute(0, 3, 1, 2)
+        """Map uint8 N,H,W,C to normalized float32 N,C,H,W."""
+        if self.channels_last:
+            return images.to(torch.float32).sub_(self._mean).div_(self._std).permute(0, 3, 1, 2)
+        rows = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return rows.sub_(self._mean[:, None, None]).div_(self._std[:, None, None])
 
 
 def _by_class(

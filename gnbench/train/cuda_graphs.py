@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from gnbench.errors import RecordingError
 from gnbench.train.devices import is_out_of_memory
@@ -24,10 +26,14 @@ def recorder(device: torch.device) -> CudaGraphs | None:
 class CudaGraphs:
     """CUDA graphs that share their memory and are never replayed at once.
 
-    Everything is warmed up and captured on one side stream: workspaces, of cuBLAS for one, belong
-    to a stream, and a graph keeps the address of the one that it was captured with. The tests put
-    a recorder of their own in its place on a CPU.
+    Everything is warmed up and captured on one side stream, with its branches on streams of their
+    own. A graph keeps the addresses of the workspaces that cuBLAS had on them, so these are made
+    anew within each capture, in the graphs' own memory. One graph must still not be replayed once
+    another one has been destroyed, which clears what cuBLAS has on its stream (pytorch#193402): let
+    go of all together. The tests put a recorder of their own in its place on a CPU.
     """
+
+    failed = False  # a capture of this process
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -54,6 +60,10 @@ class CudaGraphs:
 
     def record(self, work: Work) -> Work:
         """Capture the work, which is not done; what is returned replays it, without its Python."""
+        if CudaGraphs.failed and _fails_for_good():
+            raise RuntimeError(
+                "one has failed in this process, after which torch 2.11 has no other"
+            )
         graph = torch.cuda.CUDAGraph()
         causes: list[BaseException] = []
 
@@ -67,6 +77,7 @@ class CudaGraphs:
         current = torch.cuda.current_stream(self._device)
         try:
             with (
+                _undisturbed(),
                 torch.cuda.device(self._device),
                 torch.cuda.stream(current),  # which a capture that failed may not come back to
                 torch.cuda.graph(
@@ -75,6 +86,7 @@ class CudaGraphs:
             ):
                 noting_errors()
         except BaseException:
+            CudaGraphs.failed = True
             self.renew()
             if causes:
                 raise causes.pop() from None  # kept, it would keep what the step has allocated
@@ -106,6 +118,37 @@ class CudaGraphs:
                 current.wait_stream(stream)
 
         return fork_and_join
+
+
+def empty_cache() -> None:
+    """Give back the memory on a GPU that nothing uses."""
+    # A failed capture leaves torch 2.11 asserting that there is none under way (pytorch#180395).
+    with suppress(RuntimeError) if CudaGraphs.failed and _fails_for_good() else nullcontext():
+        torch.cuda.empty_cache()
+
+
+def _fails_for_good() -> bool:
+    """Tell whether this torch takes a capture that has failed for one under way."""
+    return TorchVersion(torch.__version__) < "2.12"
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keep out of a capture what would spoil it: the collector, and cuBLAS's older workspaces.
+
+    A graph that the collector destroys invalidates the capture under way (pytorch#161037). The
+    workspaces go afterwards as well, or work outside of the graph would use its memory.
+    """
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+        if collecting:
+            gc.enable()
 
 
 @contextmanager
@@ -178,6 +221,11 @@ class Program:
         self._device = device
         self._replay: Work | None = None
         self._refusal: str | None = None
+
+    @property
+    def refused(self) -> bool:
+        """Whether it has been found that the work cannot be replayed."""
+        return self._refusal is not None
 
     def __call__(self) -> None:
         """Do the work once.

@@ -24,17 +24,20 @@ log = logging.getLogger(__name__)
 # What those say that do not raise torch.OutOfMemoryError: the CPU, CUDA itself, cuBLAS and cuDNN.
 ALLOCATION_FAILURES = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
 TRIAL_SIZE = 256  # rows and columns of the matrices on which bf16 is tried
+HARDWARE_QUEUES = "32"  # the most there are; of the 8 by default replicas would share some
 SLOWEST_BF16 = 4  # times as long as fp32; emulated by torch it takes some 90 times as long
 
 
 def choose_device(name: str) -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device.
 
-    Under torchrun, ``auto`` and ``cuda`` are the GPU of this process.
+    Under torchrun, ``auto`` and ``cuda`` are the GPU of this process. CUDA, which starts later,
+    is to give each replica a queue of its own, unless the environment says otherwise.
 
     Raises:
         ConfigError: if this machine has no such device.
     """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", HARDWARE_QUEUES)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -105,6 +108,22 @@ def _seconds(matrix: torch.Tensor) -> float:
     began = time.perf_counter()
     torch.mm(matrix, matrix)
     return time.perf_counter() - began
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Tell whether the device computes in TF32: GPUs from compute capability 8 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def set_float32_products(precision: str) -> None:
+    """Have GPUs compute convolutions and matrix products of float32 numbers in TF32, or in float32.
+
+    In TF32, which keeps 10 of the 23 bits, where ``precision`` says so.
+    """
+    # By torch's newer settings: the older ``allow_tf32`` warns on some releases.
+    products = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = products  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = products
 
 
 def flush_denormals() -> None:

@@ -25,8 +25,6 @@ from gnbench.train.distributed import ProcessGroup
 
 log = logging.getLogger(__name__)
 
-EVALUATION_CHUNK = 500  # images a forward pass; fixed, so that the test error is reproducible
-
 Network = Callable[[Tensor], Tensor]
 
 
@@ -93,6 +91,11 @@ class EagerEngine:
         """What the engine is called in the record of a run."""
         return "eager" if self._compiled is None else "eager compiled"
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the network goes through torch.compile."""
+        return self._compiled is not None
+
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of the ``step``-th step of the training (from 0)."""
         return self.base_lr * self.schedule(step)
@@ -146,8 +149,9 @@ class EagerEngine:
         self.process_group.copy_from_first(list(self.model.buffers()))
         self.model.eval()
         rank, processes = self.process_group.rank, self.process_group.size
-        for start in range(rank * EVALUATION_CHUNK, len(data), processes * EVALUATION_CHUNK):
-            inputs, labels = data.chunk(start, start + EVALUATION_CHUNK)
+        size = data.evaluation_chunk
+        for start in range(rank * size, len(data), processes * size):
+            inputs, labels = data.chunk(start, start + size)
             with self._autocast():
                 logits = self.model(inputs)
             self._count(F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels)
@@ -200,12 +204,15 @@ class EagerEngine:
 
     def totals(self) -> tuple[float, int]:
         """Return summed loss and number of errors of the steps so far; waits for the device."""
-        add = self.process_group.add
-        return add(self.loss_sum).item(), int(add(self.wrong).item())
+        return _read(self.process_group.add(self._both()))
 
     def own_totals(self) -> tuple[float, int]:
         """Return of `totals` what this process has added, without asking the others."""
-        return self.loss_sum.item(), int(self.wrong.item())
+        return _read(self._both())
+
+    def _both(self) -> Tensor:
+        """Return summed loss and number of errors together: below 2⁵³ float64 has every integer."""
+        return torch.stack([self.loss_sum, self.wrong.double()])
 
     def set_totals(self, loss_sum: float, wrong: int) -> None:
         """Have this process continue counting from these values."""
@@ -222,6 +229,15 @@ class EagerEngine:
         own = self.optimizer.state_dict()
         moments = copy.deepcopy(state["optimizer"]["state"])  # torch would take the very tensors
         self.optimizer.load_state_dict({**own, "state": moments})
+        # A fused step takes moments that lie in memory as their parameters do, here and now.
+        for parameter, values in self.optimizer.state.items():
+            for name, value in values.items():
+                if (
+                    isinstance(value, Tensor)
+                    and value.shape == parameter.shape
+                    and value.stride() != parameter.stride()
+                ):
+                    values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def close(self) -> None:
         """Let go of what only a training under way needs: here nothing."""
@@ -268,12 +284,14 @@ class EagerEngine:
 
 @torch.inference_mode()
 def find_correct(
-    network: Network, data: ResidentData, precision: str, chunk: int = EVALUATION_CHUNK
+    network: Network, data: ResidentData, precision: str, chunk: int | None = None
 ) -> Tensor:
     """Return for every image in its order whether ``network`` is right (bool, on the CPU).
 
-    ``chunk`` images go through it at a time; it is in the mode in which it is given.
+    ``chunk`` images go through it at a time, else as many as in an evaluation; it is in the mode in
+    which it is given.
     """
+    chunk = chunk or data.evaluation_chunk
     correct = []
     for start in range(0, len(data), chunk):
         inputs, labels = data.chunk(start, start + chunk)
@@ -287,6 +305,12 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     # Every weight is used once a pass, and what a cache keeps a CUDA graph would not renew.
     enabled = precision == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
+def _read(totals: Tensor) -> tuple[float, int]:
+    """Wait for the device once."""
+    loss_sum, wrong = totals.tolist()
+    return loss_sum, int(wrong)
 
 
 def _compile(network: nn.Module) -> Network:

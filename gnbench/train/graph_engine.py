@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gnbench.errors import RecordingError
+from gnbench.train.batch_counts import batch_counts, counted_together
 from gnbench.train.batches import EpochPlan, ResidentData
-from gnbench.train.cuda_graphs import Work
+from gnbench.train.cuda_graphs import Work, empty_cache
 from gnbench.train.engine import EagerEngine, Epoch
 from gnbench.train.replicas import ReplicaGroup
 
@@ -52,7 +53,7 @@ class GraphEngine:
         self._plan: EpochPlan  # of the epoch, at addresses that stay
         self._rates: Tensor  # of the steps of an epoch (float32)
         self._at = torch.zeros(1, dtype=torch.int64, device=self.device)  # step within the epoch
-        self._lr = torch.zeros((), dtype=torch.float32, device=self.device)
+        self._counts = [] if plain.is_compiled else batch_counts(plain.model)
         group.join(self)
 
     @property
@@ -76,8 +77,7 @@ class GraphEngine:
         steps = STEPS_A_GRAPH if min(most, whole) >= STEPS_A_GRAPH else 1
 
         def work() -> None:
-            for _ in range(steps):
-                self._step(epoch.data, epoch.batch_size, stop - start)
+            self._take(steps, epoch.data, epoch.batch_size, stop - start)
 
         key = ("train", steps, stop - start)
         if self._is_warm(self._group, key, work):
@@ -130,7 +130,7 @@ class GraphEngine:
         self._epoch = None
         self._warm.clear()
         if self._group is not None:
-            self._group.forget(self)
+            self._group.forget()
 
     def close(self) -> None:
         """Let go of the graphs and their memory: they and this engine hold each other."""
@@ -143,7 +143,7 @@ class GraphEngine:
         values = [v for state in self.plain.optimizer.state.values() for v in state.values()]
         moments = [value for value in values if isinstance(value, Tensor)]
         model = [*self.model.parameters(), *self.model.buffers()]
-        return [*model, *moments, self.plain.loss_sum, self.plain.wrong, self._at, self._lr]
+        return [*model, *moments, self.plain.loss_sum, self.plain.wrong, self._at]
 
     def _settle(self) -> None:
         """Have all steps done by now that `train_steps` said it took."""
@@ -179,7 +179,7 @@ class GraphEngine:
         self._group = None
         if self.device.type == "cuda":
             gc.collect()  # what an attempt has left
-            torch.cuda.empty_cache()
+            empty_cache()
 
     def _enter(self, epoch: Epoch, at: int) -> None:
         """Put into place what the steps of the epoch read."""
@@ -194,13 +194,17 @@ class GraphEngine:
         self._at.fill_(at)
         self._epoch = epoch
 
-    def _step(self, data: ResidentData, batch_size: int, count: int) -> None:
-        """Take the step that ``_at`` says, on ``count`` images, and count on."""
-        positions = self._at * batch_size + torch.arange(count, device=self.device)
-        inputs, labels = data.batch(self._plan, positions)
-        self._lr.copy_(self._rates[self._at][0])
-        self.plain.train_step(inputs, labels, self._lr)
-        self._at += 1
+    def _take(self, steps: int, data: ResidentData, batch_size: int, count: int) -> None:
+        """Take steps from the one that ``_at`` says on, each on ``count`` images, and count on."""
+        numbers = self._at + torch.arange(steps, device=self.device)
+        rates = self._rates[numbers]
+        starts = numbers[:, None] * batch_size
+        positions = starts + torch.arange(count, device=self.device)
+        with counted_together(self._counts):
+            for rate, where in zip(rates.unbind(), positions.unbind(), strict=True):
+                inputs, labels = data.batch(self._plan, where)
+                self.plain.train_step(inputs, labels, rate)
+        self._at += steps
 
 
 Engine = EagerEngine | GraphEngine

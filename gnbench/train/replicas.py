@@ -66,15 +66,14 @@ class ReplicaGroup:
         self._replicas = [other for other in self._replicas if other is not replica]
         for waiting in (self._asked, self._refused, self._ended):
             waiting.pop(replica, None)
-        self.forget(replica)
+        self.forget()
 
-    def forget(self, replica: Replica) -> None:
-        """Let go of the graphs that it has a part in."""
-        self._programs = {
-            (key, replicas): program
-            for (key, replicas), program in self._programs.items()
-            if replica not in replicas
-        }
+    def forget(self) -> None:
+        """Let go of all graphs, also those of the others, which are captured anew.
+
+        They cannot outlive one another; see `CudaGraphs`.
+        """
+        self._programs = {}
         self.recorder.renew()
 
     def ask(self, replica: Replica, key: Hashable, work: Work) -> None:
@@ -119,7 +118,8 @@ class ReplicaGroup:
     def _do(self, key: Hashable, works: Mapping[Replica, Work]) -> None:
         """Do these replicas' work now, side by side; note for whom that is not possible."""
         replicas = tuple(works)
-        if (key, replicas) not in self._programs:
+        proven = (key, replicas) in self._programs
+        if not proven:
             self._programs[key, replicas] = Program(
                 self.recorder.side_by_side(list(works.values())),
                 self.recorder,
@@ -131,6 +131,10 @@ class ReplicaGroup:
             return
         except RecordingError as error:
             reason = str(error)  # the error itself would keep what the step has allocated
+        if not proven:  # a graph that did not stand its proof is gone, and with it all others
+            self._programs = {
+                k: program for k, program in self._programs.items() if program.refused
+            }
         if len(replicas) == 1:
             self._refused[replicas[0]] = reason
             return

@@ -1,0 +1,120 @@
+"""The script for those who have a GPU (``.ci/gpu``), as far as it goes without one."""
+
+import importlib.machinery
+import importlib.util
+import json
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.conftest import ROOT, environment
+
+SCRIPT = ROOT / ".ci" / "gpu"
+DONE, FAILED, REFUSED, UNFINISHED = 0, 1, 2, 4
+SMALL = (*tiny.OVERRIDES[1:7], *tiny.SMALL, "norm=bn,gn")
+
+
+def called(tmp_path, *arguments):
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments, "--outputs", tmp_path / "gpu"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=350,
+    )
+
+
+@pytest.fixture(scope="module")
+def script():
+    loader = importlib.machinery.SourceFileLoader("gpu_script", str(SCRIPT))
+    spec = importlib.util.spec_from_loader("gpu_script", loader)
+    module = importlib.util.module_from_spec(spec)
+    sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
+    loader.exec_module(module)
+    sys.dont_write_bytecode = before
+    return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
+    done = called(tmp_path, "check")
+    assert done.returncode == REFUSED
+    [line] = done.stderr.splitlines()
+    assert "no CUDA device" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_are_not_there_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("GNBENCH_DATA", str(tmp_path / "nowhere"))
+    done = called(tmp_path, "train", "--device", "cpu")
+    assert done.returncode == REFUSED
+    [line] = done.stderr.splitlines()
+    assert str(tmp_path / "nowhere" / "cifar10.npz") in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("together", "ratio", "verdict"), [(900, "2.25", "stay"), (700, "1.75", "go")]
+)
+def test_replicas_stay_if_they_give_twice_what_processes_do(
+    script, tmp_path, capsys, together, ratio, verdict
+):
+    lines = [
+        "who,engine,replicas,runs,images_per_second,speedup,kernels_per_step",
+        "plain fp32,plain,1,1,100,1.0,",
+        "graph fp32 ×4,graph,1,4,400,4.0,",
+        f"graph fp32 4 replicas,graph,4,1,{together},9.0,31.5",
+    ]
+    for name in ("bn-2-fp32", "gn-2-fp32"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "bench.csv").write_text("\n".join(lines) + "\n")
+    script.print_speeds(tmp_path, ["bn-2-fp32", "gn-2-fp32", "gn-64-fp32"])
+    said = capsys.readouterr().out
+    assert said.count(f"{ratio} ×") == 3
+    assert said.splitlines()[-1].endswith(f"replicas {verdict}")
+    assert "31.5" in said
+
+
+@pytest.mark.slow
+def test_a_rehearsal_of_the_check_finds_every_engine(tmp_path):
+    """Interrupted at once the first time."""
+    again = ("check", "--device", "cpu", *SMALL, "epochs=1")
+    assert called(tmp_path, *again, "--seconds", "0.1").returncode in (FAILED, UNFINISHED)
+    done = called(tmp_path, *again)
+    assert done.returncode == DONE, done.stderr + done.stdout
+    assert "check: 4 of 4 runs by engine eager" in done.stdout
+    if not torch.cuda.is_available():
+        assert "check: 0 tests passed, 0 failed" in done.stdout
+    tests = json.loads((tmp_path / "gpu" / "check.json").read_text())["tests"]
+    assert any("test_on_cuda_each_replica" in name for name in tests)
+
+
+@pytest.mark.slow
+def test_a_rehearsal_of_the_benchmark_goes_on_with_the_case_that_is_left(tmp_path):
+    quick = ("rounds=1", "seconds=0.05", "warmup_steps=2", "runs=[1]")
+    chosen = ("bench", "--device", "cpu", "--case", "bn-2-", *quick)
+    done = called(tmp_path, *chosen)
+    assert done.returncode == DONE, done.stderr + done.stdout
+    assert "eager fp32" in done.stdout
+    table = tmp_path / "gpu" / "bench" / "fashion_mini" / "bn-2-fp32" / "bench.csv"
+    written = table.stat().st_mtime_ns
+    assert called(tmp_path, *chosen).returncode == DONE
+    assert table.stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
+def test_a_rehearsal_of_the_training_goes_on_and_packs_its_records(tmp_path):
+    chosen = ("train", "--device", "cpu", "--dataset", "fashion_mini", *SMALL, "replicas=2")
+    chosen += ("batch_size=8,4",)
+    first = called(tmp_path, *chosen, "--seconds", "0.1")
+    assert first.returncode == UNFINISHED, first.stderr + first.stdout
+    assert "call again" in first.stdout
+    done = called(tmp_path, *chosen)
+    assert done.returncode == DONE, done.stderr + done.stdout
+    assert "train: 8 runs completed" in done.stdout
+    with zipfile.ZipFile(tmp_path / "gpu" / "figure3.zip") as packed:
+        assert sum(name.endswith("run.json") for name in packed.namelist()) == 8
