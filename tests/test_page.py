@@ -302,6 +302,14 @@ def test_the_figure_can_be_saved(opened, grid):
     assert "BN" in text
 
 
+def test_small_settings_are_told_apart_on_the_axis(opened, tmp_path):
+    for lr in (1e-4, 2e-4, 5e-4, 1e-3, 2e-3):
+        put(tmp_path / "lr", 10.0, optimizer=settings("norm=gn")["optimizer"] | {"lr": lr})
+    page = opened(write_page(tmp_path, "lr"))
+    ticks = page.locator("[data-plots=figure] .xtick text").all_text_contents()
+    assert sorted(ticks) == ["0.0001", "0.0002", "0.0005", "0.001", "0.002"]
+
+
 def test_no_run_one_run_and_failures_alone(opened, tmp_path):
     cell = {"dataset": "a", "model": "b", "norm": "c", "batch_size": 2, "seed": 0}
     (tmp_path / "none").mkdir()

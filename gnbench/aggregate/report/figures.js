@@ -96,7 +96,7 @@ function logAxis(values, title, ticks) {
     type: "log",
     range: [Math.log10(low) - pad, Math.log10(high) + pad],
     tickvals: ticks,
-    ticktext: ticks.map((tick) => tick.toLocaleString("en")),
+    ticktext: ticks.map((tick) => tick.toLocaleString("en", { maximumSignificantDigits: 6 })),
   };
 }
 
