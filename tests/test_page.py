@@ -1,5 +1,6 @@
 """The page of a study in a real browser: menus, sorting, widths, light and dark, hostile names."""
 
+import itertools
 import json
 import random
 import re
@@ -300,6 +301,61 @@ def test_the_figure_can_be_saved(opened, grid):
     text = waiting.value.path().read_text()
     assert "<svg" in text
     assert "BN" in text
+
+
+def test_of_many_lines_all_stand_in_the_picture_that_is_saved(opened, tmp_path):
+    optimizer = settings("norm=bn")["optimizer"]
+    for norm, lr in itertools.product(("bn", "gn"), range(1, 11)):
+        more = {"optimizer": optimizer | {"lr": lr / 1000, "weight_decay": lr / 100}}
+        put(tmp_path / "many", 10.0 + lr, f"norm={norm}", **more)
+    page = opened(write_page(tmp_path, "many"))
+    page.locator("[data-plots=curves] .plot").hover()
+    with page.expect_download() as waiting:
+        page.locator("[data-plots=curves] [data-title='Save as SVG']").click()
+    text = waiting.value.path().read_text()
+    shown = page.context.new_page()
+    shown.set_content(text)
+    spans = "all => all.map(e => e.getBoundingClientRect()).map(box => [box.top, box.bottom])"
+    names = shown.locator(".legendtext").evaluate_all(spans)
+    [[_, foot]] = shown.locator(".xtitle").evaluate_all(spans)
+    [[_, end], *_] = shown.locator("svg").evaluate_all(spans)
+    assert len(names) == 20
+    assert all(foot <= top < bottom <= end for top, bottom in names)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("lines", [2, 12])
+def test_keys_name_every_line_and_cover_nothing(opened, tmp_path, width, lines):
+    optimizer = settings("norm=bn")["optimizer"]
+    for norm, lr in itertools.product(("bn", "gn"), range(1, lines // 2 + 1)):
+        more = {"optimizer": optimizer | {"lr": lr / 1000}} if lines > 2 else {}
+        run = put(tmp_path / "key", 10.0 + lr, f"norm={norm}", **more)
+        run.write_record(run.record() | {"activation_bytes": 2**20 * lr})
+    path = write_page(tmp_path, "key")
+    labels = ["BN", "GN"]
+    if lines > 2:
+        labels = [f"{norm} optimizer.lr={lr / 1000}" for norm in labels for lr in range(1, 7)]
+    page = opened(path, width)
+    for scheme, media in (("light", "screen"), ("dark", "screen"), ("light", "print")):
+        page.emulate_media(color_scheme=scheme, media=media)
+        for name in ("curves", "memory"):
+            key = page.locator(f"[data-plots={name}] .key")
+            assert key.locator("li").all_inner_texts() == labels
+            title = page.locator(f"[data-plots={name}] .xtitle").bounding_box()
+            box = key.bounding_box()
+            assert title["y"] + title["height"] <= box["y"] + 1
+            assert key.evaluate("e => e.scrollWidth <= e.clientWidth + 1")
+            assert box["width"] <= width
+            drawn = page.locator(f"[data-plots={name}] .plot").evaluate(
+                "e => e.data.filter(t => t.name).map(t => t.line.color)"
+            )
+            strokes = key.locator("path:first-child").evaluate_all(
+                "all => all.map(e => e.getAttribute('stroke'))"
+            )
+            assert drawn == strokes
+    for box in page.locator("#lines input").all():
+        box.uncheck()
+    assert page.locator(".key").count() == 0
 
 
 def test_small_settings_are_told_apart_on_the_axis(opened, tmp_path):

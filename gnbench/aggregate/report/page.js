@@ -103,21 +103,21 @@ function offerLines() {
     });
     const name = document.createElement("span");
     name.textContent = line.label;
-    label.append(box, swatch(line), name);
+    label.append(box, swatch(colourOf(line), line.dash, line.symbol), name);
     return label;
   });
   element("lines").replaceChildren(element("lines").firstElementChild, ...boxes);
   element("lines").hidden = boxes.length === 0;
 }
 
-// The sign of a line as in the figures: its dashes and its marker.
-function swatch(line) {
+// The sign of a line as in the figures: its dashes and its marker, of which one may be null.
+function swatch(colour, dash, symbol) {
   const space = "http://www.w3.org/2000/svg";
   const svg = document.createElementNS(space, "svg");
   for (const [key, value] of Object.entries({ width: 34, height: 14, "aria-hidden": "true" }))
     svg.setAttribute(key, value);
   const stroke = document.createElementNS(space, "path");
-  const dashes = { solid: "", dash: "6 4", dashdot: "7 3 2 3", dot: "2 3" }[line.dash];
+  const dashes = { solid: "", dash: "6 4", dashdot: "7 3 2 3", dot: "2 3" }[dash];
   const marks = {
     circle: "M13 7a4 4 0 1 0 8 0a4 4 0 1 0-8 0",
     square: "M13 3h8v8h-8z",
@@ -129,13 +129,12 @@ function swatch(line) {
     star: "M17 1l1.7 4h4.3l-3.4 2.7l1.3 4.3l-3.9-2.5l-3.9 2.5l1.3-4.3l-3.4-2.7h4.3z",
     hexagon: "M13 5l4-3l4 3v4l-4 3l-4-3z",
   };
-  const colour = colourOf(line);
-  stroke.setAttribute("d", "M0 7H34");
+  stroke.setAttribute("d", dash ? "M0 7H34" : "");
   stroke.setAttribute("stroke", colour);
   stroke.setAttribute("stroke-width", "2");
-  stroke.setAttribute("stroke-dasharray", dashes);
+  stroke.setAttribute("stroke-dasharray", dashes ?? "");
   const mark = document.createElementNS(space, "path");
-  mark.setAttribute("d", marks[line.symbol]);
+  mark.setAttribute("d", marks[symbol] ?? "");
   mark.setAttribute("fill", colour);
   svg.append(stroke, mark);
   return svg;
