@@ -42,9 +42,9 @@ def opened(browser):
     """Open a page offline; whatever it says on the console, asks for or breaks fails the test."""
     contexts, said = [], []
 
-    def open_page(path, width=1400, scheme="light", choices=""):
+    def open_page(path, width=1400, scheme="light", choices="", **device):
         context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
+            viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True, **device
         )
         contexts.append(context)
         page = context.new_page()
@@ -291,6 +291,18 @@ def test_it_follows_the_browser_into_the_dark_and_is_light_on_paper(opened, grid
     assert page.evaluate(ink) != light
     assert page.locator("details[open]").count() == 0
     assert len(page.pdf()) > 20_000
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_bar_of_tools_covers_a_title(opened, grid, scheme):
+    page = opened(grid, 400, scheme, is_mobile=True, has_touch=True)
+    assert page.locator(".modebar-btn").count() == 0
+    page = opened(grid, 1400, scheme)
+    page.locator("[data-plots=figure] .plot").hover()
+    bar = page.locator("[data-plots=figure] .modebar-group").first
+    assert bar.is_visible()
+    colour = bar.evaluate("e => getComputedStyle(e).backgroundColor")
+    assert colour == page.evaluate("getComputedStyle(document.body).backgroundColor")
 
 
 def test_the_figure_can_be_saved(opened, grid):

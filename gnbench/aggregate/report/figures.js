@@ -2,6 +2,9 @@
 
 const MIB = 2 ** 20;
 const SETTINGS = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["toImage", "lasso2d", "select2d", "autoScale2d"] };
+// A finger cannot hover: the bar would always be there, and a drag zoom in place of the page's scroll.
+const TOUCHED = matchMedia("(hover: none)").matches;
+SETTINGS.displayModeBar = TOUCHED ? false : "hover";
 SETTINGS.modeBarButtonsToAdd = [{ name: "Save as SVG", icon: Plotly.Icons.camera, click: savePicture }];
 
 function isDark() {
@@ -66,6 +69,8 @@ function layoutOf(title, x, y) {
     font: { color: style("ink"), family: "system-ui, sans-serif", size: 13 },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
+    modebar: { bgcolor: style("paper"), color: style("faint"), activecolor: style("ink") },
+    dragmode: TOUCHED ? false : "zoom",
     hoverlabel: { bgcolor: style("paper"), font: { color: style("ink") }, align: "left" },
     margin: { l: 50, r: 14, t: 44, b: 48 },
     showlegend: false,
