@@ -305,6 +305,13 @@ def test_no_bar_of_tools_covers_a_title(opened, grid, scheme):
     assert colour == page.evaluate("getComputedStyle(document.body).backgroundColor")
 
 
+def test_no_tool_sends_anything_anywhere(opened, grid):
+    tools = opened(grid).locator("[data-plots=figure] .modebar-btn")
+    assert {*tools.evaluate_all("all => all.map(e => e.dataset.title)")} == {
+        "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes", "Save as SVG",
+    }  # fmt: skip
+
+
 def test_the_figure_can_be_saved(opened, grid):
     page = opened(grid)
     with page.expect_download() as waiting:

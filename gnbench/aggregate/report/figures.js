@@ -2,6 +2,8 @@
 
 const MIB = 2 ** 20;
 const SETTINGS = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["toImage", "lasso2d", "select2d", "autoScale2d"] };
+// Plotly 4 would offer to send the data to a server of its own.
+Object.assign(SETTINGS, { showSendToCloud: false, plotlyServerURL: "" });
 // A finger cannot hover: the bar would always be there, and a drag zoom in place of the page's scroll.
 const TOUCHED = matchMedia("(hover: none)").matches;
 SETTINGS.displayModeBar = TOUCHED ? false : "hover";
