@@ -19,7 +19,8 @@ from matplotlib.colors import to_hex, to_rgb
 from gnbench import zipped
 from gnbench.aggregate.figure import (
     LINES,
-    MORE_STYLES,
+    MORE_COLOURS,
+    MORE_MARKERS,
     STYLES,
     is_beside,
     line_label,
@@ -34,10 +35,13 @@ from gnbench.aggregate.verdict import Panel, panels
 from gnbench.runs.directory import FINISHED
 
 SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down"}
-SYMBOLS |= {"X": "x", "P": "cross", "*": "star", "h": "hexagon"}
+SYMBOLS |= {"X": "x", "P": "cross", "*": "star", "h": "hexagon", "<": "triangle-left"}
+SYMBOLS |= {">": "triangle-right", "d": "diamond-tall", "p": "pentagon", "8": "octagon"}
 DASHES = {"-": "solid", "--": "dash", "-.": "dashdot", ":": "dot"}
 RECORDED = set(RECORD)
-HUES = [*[*STYLES.values()][2:5], *MORE_STYLES, *STYLES.values()]  # those of BN and GN come late
+HUES = [*STYLES.values()][2:5]  # those of BN and GN come late
+HUES += [*zip(MORE_COLOURS, MORE_MARKERS, strict=False), *STYLES.values()]
+HUES = [*dict.fromkeys(HUES)]  # 13, which no number of dashes divides
 # What can be drawn: column, name, name at its axis, whether its interval is pooled over cells.
 METRICS = (
     ("test_error", "test error, median of the last five epochs (%)", "test error (%)", True),

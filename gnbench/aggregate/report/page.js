@@ -127,6 +127,11 @@ function swatch(colour, dash, symbol) {
     x: "M13 5l2-2l2 2l2-2l2 2l-2 2l2 2l-2 2l-2-2l-2 2l-2-2l2-2z",
     cross: "M15.5 2h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5v-3h3.5z",
     star: "M17 1l1.7 4h4.3l-3.4 2.7l1.3 4.3l-3.9-2.5l-3.9 2.5l1.3-4.3l-3.4-2.7h4.3z",
+    "triangle-left": "M12 7l9-5v10z",
+    "triangle-right": "M22 7l-9-5v10z",
+    "diamond-tall": "M17 1l3.5 6l-3.5 6l-3.5-6z",
+    pentagon: "M17 2l5 3.7l-1.9 6h-6.2l-1.9-6z",
+    octagon: "M15.2 2.5h3.6l2.7 2.7v3.6l-2.7 2.7h-3.6l-2.7-2.7v-3.6z",
     hexagon: "M13 5l4-3l4 3v4l-4 3l-4-3z",
   };
   stroke.setAttribute("d", dash ? "M0 7H34" : "");
