@@ -377,6 +377,22 @@ def test_keys_name_every_line_and_cover_nothing(opened, tmp_path, width, lines):
     assert page.locator(".key").count() == 0
 
 
+def test_published_values_look_like_their_norms_whatever_the_labels_of_lines_say(opened, tmp_path):
+    for lr in (1e-3, 1e-2):
+        optimizer = settings("norm=gn")["optimizer"] | {"lr": lr}
+        for size in (2, 8):
+            put(tmp_path / "lr", 10.0, "norm=gn", batch_size=size, optimizer=optimizer)
+    page = opened(write_page(tmp_path, "lr"))
+    hollow = page.locator("[data-plots=figure] .plot").evaluate(
+        """e => e.data.filter(t => t.marker?.symbol?.endsWith('-open')).map(
+            t => [t.name, t.marker.color, t.marker.symbol])"""
+    )
+    assert sorted(hollow) == [
+        ["BN, deuscher2021 (corrected)", "#0072b2", "circle-open"],
+        ["GN, deuscher2021 (corrected)", "#d62728", "square-open"],
+    ]
+
+
 def test_small_settings_are_told_apart_on_the_axis(opened, tmp_path):
     for lr in (1e-4, 2e-4, 5e-4, 1e-3, 2e-3):
         put(tmp_path / "lr", 10.0, optimizer=settings("norm=gn")["optimizer"] | {"lr": lr})

@@ -114,6 +114,7 @@ def test_published_values_are_overlaid_where_they_fit(demo):
     assert gn["label"] == "GN, deuscher2021 (corrected)"
     assert (gn["batch_size"][0], gn["test_error"][0]) == (2, 14.35)
     assert bn["test_error"][-1] == 13.24
+    assert (bn["colour"], bn["symbol"]) == ("#0072b2", "circle")
     assert baseline == {
         "label": "resnet34 BN, deuscher2021 (corrected)", "test_error": [6.87],
     }  # fmt: skip

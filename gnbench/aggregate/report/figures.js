@@ -216,16 +216,14 @@ function tracesOf(line, cells, axis, metric, colour) {
 // Published values: hollow markers in the colour of the norm, a baseline as a dotted line.
 function publishedTraces(panel, span) {
   return panel.published.map((series) => {
-    const own = data.lines.find((line) => line.label === series.norm);
-    const colour = own ? colourOf(own) : style("faint");
     const text = `${plain(series.label)}: %{y:.2f}<extra></extra>`;
-    if (!series.norm) {
+    if (!series.batch_size) {
       const [error] = series.test_error;
       return { x: span, y: [error, error], mode: "lines", name: series.label, hovertemplate: text, line: { color: style("faint"), dash: "dot", width: 1.5 } };
     }
     return {
       x: series.batch_size, y: series.test_error, mode: "markers", name: series.label, hovertemplate: text,
-      marker: { color: colour, symbol: `${own ? own.symbol : "circle"}-open`, size: 10, line: { width: 1.5 } },
+      marker: { color: colourOf(series), symbol: `${series.symbol}-open`, size: 10, line: { width: 1.5 } },
     };
   });
 }
@@ -279,7 +277,7 @@ function drawFigure() {
     const span = x.range ? x.range.map((power) => 10 ** power) : [];
     const traces = [...baselineTraces(panel, metric, exact ? span : []), ...(overlaid ? publishedTraces(panel, span) : [])];
     if (traces.length) notes.add("Dashed or dotted gray: the baseline.");
-    if (published.length) notes.add(`Hollow: ${[...new Set(published.filter((s) => s.norm).map((s) => s.label))].join("; ")}.`);
+    if (published.length) notes.add(`Hollow: ${[...new Set(published.filter((s) => s.batch_size).map((s) => s.label))].join("; ")}.`);
     for (const [line, own] of groupsOf(cells, lineOf)) {
       own.sort((a, b) => (axis === "setting" ? a.x.setting - b.x.setting : a.size - b.size));
       traces.push(...tracesOf(data.lines[line], own, axis, metric, colourOf(data.lines[line])));
