@@ -318,13 +318,16 @@ def test_published_values_are_hollow_markers(study):
 
 def test_norms_of_a_user_s_own_get_a_style(tmp_path):
     path = tmp_path / "own"
-    put(path, 10.0, "norm=gn", "norm.name=mynorm")
+    for number in range(20):
+        put(path, 10.0, norm=settings("norm=gn")["norm"] | {"name": f"mine{number}"})
     put(path, 11.0, "norm=gn")
     table = read_study(path).runs
     [axis] = draw(summarize(table), table).axes
-    colours = {line.get_label(): line.get_color() for line in axis.lines}
-    assert set(colours) == {"GN", "MYNORM"}
-    assert len(set(colours.values())) == 2
+    assert {"GN", "MINE0", "MINE19"} < {line.get_label() for line in axis.lines}
+    looks = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axis.lines]
+    assert looks[0] == (*STYLES["gn"][:1], "-", "s")
+    assert len({look[:2] for look in looks}) == 21  # where there are no markers
+    assert len({look[::2] for look in looks}) == 21  # where there are points alone
 
 
 def test_at_one_batch_size_the_only_setting_is_the_axis(tmp_path):

@@ -1,5 +1,6 @@
 """The page of a study in a real browser: menus, sorting, widths, light and dark, hostile names."""
 
+import itertools
 import json
 import random
 import re
@@ -41,9 +42,9 @@ def opened(browser):
     """Open a page offline; whatever it says on the console, asks for or breaks fails the test."""
     contexts, said = [], []
 
-    def open_page(path, width=1400, scheme="light", choices=""):
+    def open_page(path, width=1400, scheme="light", choices="", **device):
         context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
+            viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True, **device
         )
         contexts.append(context)
         page = context.new_page()
@@ -292,6 +293,25 @@ def test_it_follows_the_browser_into_the_dark_and_is_light_on_paper(opened, grid
     assert len(page.pdf()) > 20_000
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_bar_of_tools_covers_a_title(opened, grid, scheme):
+    page = opened(grid, 400, scheme, is_mobile=True, has_touch=True)
+    assert page.locator(".modebar-btn").count() == 0
+    page = opened(grid, 1400, scheme)
+    page.locator("[data-plots=figure] .plot").hover()
+    bar = page.locator("[data-plots=figure] .modebar-group").first
+    assert bar.is_visible()
+    colour = bar.evaluate("e => getComputedStyle(e).backgroundColor")
+    assert colour == page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+
+def test_no_tool_sends_anything_anywhere(opened, grid):
+    tools = opened(grid).locator("[data-plots=figure] .modebar-btn")
+    assert {*tools.evaluate_all("all => all.map(e => e.dataset.title)")} == {
+        "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes", "Save as SVG",
+    }  # fmt: skip
+
+
 def test_the_figure_can_be_saved(opened, grid):
     page = opened(grid)
     with page.expect_download() as waiting:
@@ -300,6 +320,85 @@ def test_the_figure_can_be_saved(opened, grid):
     text = waiting.value.path().read_text()
     assert "<svg" in text
     assert "BN" in text
+
+
+def test_of_many_lines_all_stand_in_the_picture_that_is_saved(opened, tmp_path):
+    optimizer = settings("norm=bn")["optimizer"]
+    for norm, lr in itertools.product(("bn", "gn"), range(1, 11)):
+        more = {"optimizer": optimizer | {"lr": lr / 1000, "weight_decay": lr / 100}}
+        put(tmp_path / "many", 10.0 + lr, f"norm={norm}", **more)
+    page = opened(write_page(tmp_path, "many"))
+    page.locator("[data-plots=curves] .plot").hover()
+    with page.expect_download() as waiting:
+        page.locator("[data-plots=curves] [data-title='Save as SVG']").click()
+    text = waiting.value.path().read_text()
+    shown = page.context.new_page()
+    shown.set_content(text)
+    spans = "all => all.map(e => e.getBoundingClientRect()).map(box => [box.top, box.bottom])"
+    names = shown.locator(".legendtext").evaluate_all(spans)
+    [[_, foot]] = shown.locator(".xtitle").evaluate_all(spans)
+    [[_, end], *_] = shown.locator("svg").evaluate_all(spans)
+    assert len(names) == 20
+    assert all(foot <= top < bottom <= end for top, bottom in names)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("lines", [2, 12])
+def test_keys_name_every_line_and_cover_nothing(opened, tmp_path, width, lines):
+    optimizer = settings("norm=bn")["optimizer"]
+    for norm, lr in itertools.product(("bn", "gn"), range(1, lines // 2 + 1)):
+        more = {"optimizer": optimizer | {"lr": lr / 1000}} if lines > 2 else {}
+        run = put(tmp_path / "key", 10.0 + lr, f"norm={norm}", **more)
+        run.write_record(run.record() | {"activation_bytes": 2**20 * lr})
+    path = write_page(tmp_path, "key")
+    labels = ["BN", "GN"]
+    if lines > 2:
+        labels = [f"{norm} optimizer.lr={lr / 1000}" for norm in labels for lr in range(1, 7)]
+    page = opened(path, width)
+    for scheme, media in (("light", "screen"), ("dark", "screen"), ("light", "print")):
+        page.emulate_media(color_scheme=scheme, media=media)
+        for name in ("curves", "memory"):
+            key = page.locator(f"[data-plots={name}] .key")
+            assert key.locator("li").all_inner_texts() == labels
+            title = page.locator(f"[data-plots={name}] .xtitle").bounding_box()
+            box = key.bounding_box()
+            assert title["y"] + title["height"] <= box["y"] + 1
+            assert key.evaluate("e => e.scrollWidth <= e.clientWidth + 1")
+            assert box["width"] <= width
+            drawn = page.locator(f"[data-plots={name}] .plot").evaluate(
+                "e => e.data.filter(t => t.name).map(t => t.line.color)"
+            )
+            strokes = key.locator("path:first-child").evaluate_all(
+                "all => all.map(e => e.getAttribute('stroke'))"
+            )
+            assert drawn == strokes
+    for box in page.locator("#lines input").all():
+        box.uncheck()
+    assert page.locator(".key").count() == 0
+
+
+def test_published_values_look_like_their_norms_whatever_the_labels_of_lines_say(opened, tmp_path):
+    for lr in (1e-3, 1e-2):
+        optimizer = settings("norm=gn")["optimizer"] | {"lr": lr}
+        for size in (2, 8):
+            put(tmp_path / "lr", 10.0, "norm=gn", batch_size=size, optimizer=optimizer)
+    page = opened(write_page(tmp_path, "lr"))
+    hollow = page.locator("[data-plots=figure] .plot").evaluate(
+        """e => e.data.filter(t => t.marker?.symbol?.endsWith('-open')).map(
+            t => [t.name, t.marker.color, t.marker.symbol])"""
+    )
+    assert sorted(hollow) == [
+        ["BN, deuscher2021 (corrected)", "#0072b2", "circle-open"],
+        ["GN, deuscher2021 (corrected)", "#d62728", "square-open"],
+    ]
+
+
+def test_small_settings_are_told_apart_on_the_axis(opened, tmp_path):
+    for lr in (1e-4, 2e-4, 5e-4, 1e-3, 2e-3):
+        put(tmp_path / "lr", 10.0, optimizer=settings("norm=gn")["optimizer"] | {"lr": lr})
+    page = opened(write_page(tmp_path, "lr"))
+    ticks = page.locator("[data-plots=figure] .xtick text").all_text_contents()
+    assert sorted(ticks) == ["0.0001", "0.0002", "0.0005", "0.001", "0.002"]
 
 
 def test_no_run_one_run_and_failures_alone(opened, tmp_path):

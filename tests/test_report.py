@@ -114,6 +114,7 @@ def test_published_values_are_overlaid_where_they_fit(demo):
     assert gn["label"] == "GN, deuscher2021 (corrected)"
     assert (gn["batch_size"][0], gn["test_error"][0]) == (2, 14.35)
     assert bn["test_error"][-1] == 13.24
+    assert (bn["colour"], bn["symbol"]) == ("#0072b2", "circle")
     assert baseline == {
         "label": "resnet34 BN, deuscher2021 (corrected)", "test_error": [6.87],
     }  # fmt: skip
@@ -163,13 +164,26 @@ def test_what_stands_in_place_of_the_batch_size_is_an_axis(tmp_path):
 
 
 def test_many_lines_of_one_norm_have_hues_of_their_own(tmp_path):
-    for lr in range(1, 7):
+    for lr in range(1, 26):
         optimizer = settings("norm=gn")["optimizer"] | {"lr": lr / 1000}
-        for size in (2, 4):
-            put(tmp_path / "g", 10.0, "norm=gn", batch_size=size, optimizer=optimizer)
-    data = data_of(page(tmp_path, "g"))
-    assert len({line["colour"] for line in data["lines"]}) == 6
-    assert len({line["dark"] for line in data["lines"]}) == 6
+        put(tmp_path / "g", 10.0, "norm=gn", optimizer=optimizer)
+    lines = data_of(page(tmp_path, "g"))["lines"][:25]
+    for colour in ("colour", "dark"):
+        assert len({line[colour] for line in lines[:13]}) == 13
+        assert len({(line[colour], line["dash"]) for line in lines}) == 25
+
+
+def test_all_of_many_norms_look_different(tmp_path):
+    for number in range(20):
+        name = {"name": f"mine{number}"}
+        put(tmp_path / "m", 10.0, norm=settings("norm=gn")["norm"] | name)
+    lines = data_of(page(tmp_path, "m"))["lines"]
+    for colour in ("colour", "dark"):
+        assert len({(line[colour], line["dash"]) for line in lines}) == 20
+        assert len({(line[colour], line["symbol"]) for line in lines}) == 20
+    script = Path(contents.__file__).with_name("page.js").read_text()
+    for symbol in contents.SYMBOLS.values():  # has its sign beside the boxes
+        assert re.search(rf'^    "?{symbol}"?: "M', script, re.MULTILINE), symbol
 
 
 def test_of_very_many_epochs_every_second_is_there_and_the_last(study, monkeypatch):

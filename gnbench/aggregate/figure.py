@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,10 @@ STYLES = {
     "lrn": ("#CC79A7", "v"),
     "none": ("#000000", "X"),
 }
-MORE_STYLES = (("#56B4E9", "P"), ("#8C564B", "*"), ("#7F7F7F", "h"))  # for norms of a user's own
+# For norms of a user's own; the last four by their least distance (CIELAB) from all others, as seen
+# with and without red or green cones, on a light page and a dark one.
+MORE_COLOURS = ("#56B4E9", "#8C564B", "#7F7F7F", "#3300FF", "#67325D", "#E08B52", "#296600")
+MORE_MARKERS = ("P", "*", "h", "<", "p", "d", ">", "8")  # one more, so that no pair comes again
 LINES = ("-", "--", "-.", ":")
 BASELINE = "#666666"
 # For a paper: as wide as a column (inches), type as small as in captions, fonts embedded whole.
@@ -96,7 +99,8 @@ def draw_errors(
                 axis.plot(seeds[x], seeds["test_error"], ".", **faint)
         ticks = set(panel[x])
         if reference is not None:
-            ticks |= _overlay(axis, reference, dataset, model, baseline)
+            looks = norm_styles(set(summary["norm"]), set(reference["norm"]))
+            ticks |= _overlay(axis, reference, dataset, model, baseline, looks)
         for _, row in summary[beside & (summary["dataset"] == dataset)].iterrows():
             label = f"{row['model']} {line_label(row, settings)}, batch size {row['batch_size']}"
             dashed: dict[str, Any] = {"color": BASELINE, "linestyle": "--", "label": label}
@@ -255,6 +259,20 @@ def save(figure: Figure, path: Path) -> None:
     files.replace(path, buffer.getbuffer())
 
 
+def norm_styles(norms: Set[str], others: Set[str] = frozenset()) -> dict[str, tuple[str, str, int]]:
+    """Return colour, marker and the number of the first dashes of norms; ``others`` come last.
+
+    Up to 28 of a user's own differ in colour or dashes, all that are drawn without markers, and
+    in colour or marker, all that a single point has.
+    """
+    styles = {norm: (*style, 0) for norm, style in STYLES.items()}
+    names = (norm for norm in (*sorted(norms), *sorted(others - norms)) if norm not in STYLES)
+    looks = zip(itertools.cycle(MORE_COLOURS), itertools.cycle(MORE_MARKERS), strict=False)
+    for i, (norm, look) in enumerate(zip(names, looks, strict=False)):
+        styles[norm] = (*look, i // len(MORE_COLOURS))
+    return styles
+
+
 def styled_lines(
     rows: pd.DataFrame, settings: Sequence[str], norms: Set[str]
 ) -> Iterator[tuple[pd.DataFrame, str, dict[str, Any]]]:
@@ -263,27 +281,33 @@ def styled_lines(
     Lines of the same norm share its colour, or shades of it, and differ in style. ``norms`` are
     those of all panels.
     """
-    own = dict(zip(sorted(norms - set(STYLES)), itertools.cycle(MORE_STYLES), strict=False))
+    styles = norm_styles(norms)
     drawn: Counter[str] = Counter()
     sorted_rows = sort_lines(rows, settings)
     lines = list(sorted_rows.groupby(["norm", *settings], dropna=False, sort=False))
     of_norm = Counter(str(key[0]) for key, _ in lines)
     for key, line in lines:
         norm = str(key[0])
-        colour, marker = (STYLES | own)[norm]
+        colour, marker, first = styles[norm]
         if of_norm[norm] > len(LINES):  # more than there are styles: from dark to light
             share = 0.75 * drawn[norm] / of_norm[norm]
             red, green, blue = (part + (1 - part) * share for part in to_rgb(colour))
             colour = to_hex((red, green, blue))
-        style = {"color": colour, "marker": marker, "linestyle": LINES[drawn[norm] % len(LINES)]}
+        dashes = LINES[(first + drawn[norm]) % len(LINES)]
+        style = {"color": colour, "marker": marker, "linestyle": dashes}
         yield line, line_label(line.iloc[0], settings), style
         drawn[norm] += 1
 
 
 def _overlay(
-    axis: Axes, reference: pd.DataFrame, dataset: str, model: str, baseline: str | None
+    axis: Axes,
+    reference: pd.DataFrame,
+    dataset: str,
+    model: str,
+    baseline: str | None,
+    looks: Mapping[str, tuple[str, str, int]],
 ) -> set[int]:
-    """Draw the published values of a panel; return their batch sizes."""
+    """Draw the published values of a panel by the ``looks`` of norms; return their batch sizes."""
     of_dataset = reference[reference["dataset"] == dataset]
     values = of_dataset[of_dataset["model"] == model]
     for _, row in of_dataset[of_dataset["model"] == baseline].iterrows():
@@ -291,7 +315,7 @@ def _overlay(
             label = f"{baseline} {str(row['norm']).upper()}, {source_of(row)}"
             axis.axhline(row["test_error"], color=BASELINE, linestyle=":", label=label, zorder=1)
     for norm, line in sort_norms(values).groupby("norm", sort=False):
-        colour, marker = STYLES.get(str(norm), MORE_STYLES[0])
+        colour, marker, _ = looks[str(norm)]
         label = f"{str(norm).upper()}, {source_of(line.iloc[0])}"
         hollow: dict[str, Any] = {"color": colour, "markerfacecolor": "none", "label": label}
         axis.plot(line["batch_size"], line["test_error"], marker, zorder=2, **hollow)

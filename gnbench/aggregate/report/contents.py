@@ -19,10 +19,12 @@ from matplotlib.colors import to_hex, to_rgb
 from gnbench import zipped
 from gnbench.aggregate.figure import (
     LINES,
-    MORE_STYLES,
+    MORE_COLOURS,
+    MORE_MARKERS,
     STYLES,
     is_beside,
     line_label,
+    norm_styles,
     source_of,
     styled_lines,
     x_axis,
@@ -34,10 +36,13 @@ from gnbench.aggregate.verdict import Panel, panels
 from gnbench.runs.directory import FINISHED
 
 SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down"}
-SYMBOLS |= {"X": "x", "P": "cross", "*": "star", "h": "hexagon"}
+SYMBOLS |= {"X": "x", "P": "cross", "*": "star", "h": "hexagon", "<": "triangle-left"}
+SYMBOLS |= {">": "triangle-right", "d": "diamond-tall", "p": "pentagon", "8": "octagon"}
 DASHES = {"-": "solid", "--": "dash", "-.": "dashdot", ":": "dot"}
 RECORDED = set(RECORD)
-HUES = [*[*STYLES.values()][2:5], *MORE_STYLES, *STYLES.values()]  # those of BN and GN come late
+HUES = [*STYLES.values()][2:5]  # those of BN and GN come late
+HUES += [*zip(MORE_COLOURS, MORE_MARKERS, strict=False), *STYLES.values()]
+HUES = [*dict.fromkeys(HUES)]  # 13, which no number of dashes divides
 # What can be drawn: column, name, name at its axis, whether its interval is pooled over cells.
 METRICS = (
     ("test_error", "test error, median of the last five epochs (%)", "test error (%)", True),
@@ -130,7 +135,7 @@ class Shown:
 
 def contents(shown: Sequence[Shown], look: Look, folder: Path) -> dict[str, Any]:
     """Return what ``page.js`` reads; ``folder`` is that of the page."""
-    lines = _Lines()
+    lines = _Lines({str(norm) for one in shown for norm in one.summary["norm"]})
     numbers: dict[tuple[int, str], int] = {}  # of a run, by study and id
     for number, one in enumerate(shown):
         for run_id in one.study.runs["run_id"]:
@@ -157,13 +162,19 @@ def contents(shown: Sequence[Shown], look: Look, folder: Path) -> dict[str, Any]
 class _Lines:
     """The lines of all studies: what has the same label looks the same everywhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, norms: set[str]) -> None:
         self.numbers: dict[tuple[str, str], int] = {}
+        self.of_norms = norm_styles(norms, set(all_published()["norm"]))
 
     def number(self, row: Any, settings: Sequence[str]) -> int:
         """Return the number of the line that a row of the summary belongs to."""
         key = (str(row["norm"]), line_label(row, settings))
         return self.numbers.setdefault(key, len(self.numbers))
+
+    def look(self, norm: str) -> dict[str, str]:
+        """Return colours and symbol of a norm that ran or was published."""
+        colour, marker, _ = self.of_norms[norm]
+        return {"colour": to_hex(colour), "dark": _for_dark(colour), "symbol": SYMBOLS[marker]}
 
     def styles(self) -> list[dict[str, str]]:
         """Return label, symbol, dashes and colours of every line; ``dark`` is for a dark page."""
@@ -225,7 +236,7 @@ def _add_study(
                     "dataset": key[0],
                     "model": key[1],
                     "beside": bool(beside[row.name]),
-                    "published": _published(published, key, look.baseline),
+                    "published": _published(published, key, look.baseline, lines),
                 }
             )
         held = {name: columns[column][runs.index].mean() for name, column in HELD.items()}
@@ -266,16 +277,19 @@ def _values(one: Shown) -> list[dict[str, list[Any]]]:
 
 
 def _published(
-    table: pd.DataFrame, key: tuple[str, str], baseline: str | None
+    table: pd.DataFrame, key: tuple[str, str], baseline: str | None, lines: _Lines
 ) -> list[dict[str, Any]]:
-    """Return the published values of a panel, a series a norm; the baseline has no sizes."""
+    """Return the published values of a panel, a series a norm; the baseline has no sizes.
+
+    A series looks like its norm, whatever else the label of a line of that norm says.
+    """
     dataset, model = key
     series = []
     own = table[(table["dataset"] == dataset) & (table["model"] == model)]
     for (norm, _), rows in own.groupby(["norm", "source"], sort=False):
         label = f"{str(norm).upper()}, {source_of(rows.iloc[0])}"
         points = {name: rows[name].tolist() for name in ("batch_size", "test_error")}
-        series.append({"norm": str(norm).upper(), "label": label, **points})
+        series.append({"label": label, **lines.look(str(norm)), **points})
     beside = table[(table["dataset"] == dataset) & (table["model"] == baseline)]
     for _, row in beside.iterrows():
         if model != baseline and not own.empty:

@@ -2,6 +2,11 @@
 
 const MIB = 2 ** 20;
 const SETTINGS = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["toImage", "lasso2d", "select2d", "autoScale2d"] };
+// Plotly 4 would offer to send the data to a server of its own.
+Object.assign(SETTINGS, { showSendToCloud: false, plotlyServerURL: "" });
+// A finger cannot hover: the bar would always be there, and a drag zoom in place of the page's scroll.
+const TOUCHED = matchMedia("(hover: none)").matches;
+SETTINGS.displayModeBar = TOUCHED ? false : "hover";
 SETTINGS.modeBarButtonsToAdd = [{ name: "Save as SVG", icon: Plotly.Icons.camera, click: savePicture }];
 
 function isDark() {
@@ -27,16 +32,36 @@ function plain(text) {
   return String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 }
 
+// A legend of plotly's own, at the foot of a picture that is high enough for it.
 function savePicture(plot) {
-  const legend = { showlegend: true, legend: { orientation: "h", y: -0.25 } };
-  const layout = { ...plot.layout, ...legend, paper_bgcolor: style("paper"), margin: { ...plot.layout.margin, b: 150 } };
-  Plotly.downloadImage({ data: plot.data, layout }, { format: "svg", width: 720, height: 560, filename: "gnbench" });
+  const named = plot.data.filter((trace) => trace.name).map((trace) => trace.name.length);
+  const columns = Math.max(1, Math.floor(680 / (60 + 8 * Math.max(0, ...named))));
+  const foot = 20 * Math.ceil(named.length / columns) + 20;
+  const layout = {
+    ...plot.layout,
+    showlegend: true,
+    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", maxheight: foot },
+    paper_bgcolor: style("paper"),
+    margin: { ...plot.layout.margin, b: foot + 60 },
+  };
+  const data = plot.data.map((trace) => ({ ...trace, name: plain(trace.name ?? "") }));
+  Plotly.downloadImage({ data, layout }, { format: "svg", width: 720, height: 460 + foot, filename: "gnbench" });
 }
 
-// The lines of a figure that are told apart by more than what the boxes name.
-function withLegend(layout) {
-  if (chosen("axis") !== "setting") return layout;
-  return { ...layout, showlegend: true, legend: { orientation: "h", y: -0.3 } };
+// The lines of a plot by their signs, beneath it: plotly's legend would cover the title of the axis.
+function keyOf(traces) {
+  const key = document.createElement("ul");
+  key.className = "key";
+  for (const { name, mode, line, marker } of traces.filter((trace) => trace.name)) {
+    const item = document.createElement("li");
+    const text = document.createElement("span");
+    text.textContent = name;
+    const dash = mode.includes("lines") ? (line.dash ?? "solid") : null;
+    const symbol = mode.includes("markers") ? marker.symbol : null;
+    item.append(swatch(line?.color ?? marker.color, dash, symbol), text);
+    key.append(item);
+  }
+  return key;
 }
 
 function layoutOf(title, x, y) {
@@ -46,6 +71,8 @@ function layoutOf(title, x, y) {
     font: { color: style("ink"), family: "system-ui, sans-serif", size: 13 },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
+    modebar: { bgcolor: style("paper"), color: style("faint"), activecolor: style("ink") },
+    dragmode: TOUCHED ? false : "zoom",
     hoverlabel: { bgcolor: style("paper"), font: { color: style("ink") }, align: "left" },
     margin: { l: 50, r: 14, t: 44, b: 48 },
     showlegend: false,
@@ -55,23 +82,29 @@ function layoutOf(title, x, y) {
   };
 }
 
-// Puts plots into the place of that name: each has a title, traces and a layout.
+// Puts plots into the place of that name: each has a title, traces and a layout. Where the boxes
+// do not stand right above, or name other lines, each has a key.
 function putPlots(name, plots, nothing) {
   const place = document.querySelector(`[data-plots=${name}]`);
   while (place.children.length > plots.length) {
-    Plotly.purge(place.lastElementChild);
+    Plotly.purge(place.lastElementChild.firstElementChild);
     place.lastElementChild.remove();
   }
   while (place.children.length < plots.length) {
     const plot = document.createElement("div");
     plot.className = "plot";
     plot.setAttribute("role", "img");
-    place.append(plot);
+    const frame = document.createElement("div");
+    frame.className = "frame";
+    frame.append(plot);
+    place.append(frame);
   }
   plots.forEach(({ title, traces, layout }, i) => {
-    const plot = place.children[i];
+    const [plot, key] = place.children[i].children;
     plot.setAttribute("aria-label", `${title}. The table beneath has its numbers.`);
     Plotly.react(plot, traces, layout, SETTINGS);
+    key?.remove();
+    if (name !== "figure") plot.after(keyOf(traces));
   });
   const note = document.querySelector(`[data-note=${name}]`);
   if (note && !plots.length) note.textContent = nothing;
@@ -96,7 +129,7 @@ function logAxis(values, title, ticks) {
     type: "log",
     range: [Math.log10(low) - pad, Math.log10(high) + pad],
     tickvals: ticks,
-    ticktext: ticks.map((tick) => tick.toLocaleString("en")),
+    ticktext: ticks.map((tick) => tick.toLocaleString("en", { maximumSignificantDigits: 6 })),
   };
 }
 
@@ -168,7 +201,7 @@ function tracesOf(line, cells, axis, metric, colour) {
       mode: "markers", marker: { color: colour, size: 5, opacity: 0.45 }, showlegend: false,
     });
   traces.push({
-    x, y: mean, name: plain(line.label), mode: "lines+markers",
+    x, y: mean, name: line.label, mode: "lines+markers",
     text: cells.map((cell) => hoverOf(cell, axis, metric)), hovertemplate: "%{text}<extra></extra>",
     line: { color: colour, dash: line.dash, width: 2 },
     marker: { color: colour, symbol: line.symbol, size: 9 },
@@ -183,16 +216,14 @@ function tracesOf(line, cells, axis, metric, colour) {
 // Published values: hollow markers in the colour of the norm, a baseline as a dotted line.
 function publishedTraces(panel, span) {
   return panel.published.map((series) => {
-    const own = data.lines.find((line) => line.label === series.norm);
-    const colour = own ? colourOf(own) : style("faint");
     const text = `${plain(series.label)}: %{y:.2f}<extra></extra>`;
-    if (!series.norm) {
+    if (!series.batch_size) {
       const [error] = series.test_error;
-      return { x: span, y: [error, error], mode: "lines", name: plain(series.label), hovertemplate: text, line: { color: style("faint"), dash: "dot", width: 1.5 } };
+      return { x: span, y: [error, error], mode: "lines", name: series.label, hovertemplate: text, line: { color: style("faint"), dash: "dot", width: 1.5 } };
     }
     return {
-      x: series.batch_size, y: series.test_error, mode: "markers", name: plain(series.label), hovertemplate: text,
-      marker: { color: colour, symbol: `${own ? own.symbol : "circle"}-open`, size: 10, line: { width: 1.5 } },
+      x: series.batch_size, y: series.test_error, mode: "markers", name: series.label, hovertemplate: text,
+      marker: { color: colourOf(series), symbol: `${series.symbol}-open`, size: 10, line: { width: 1.5 } },
     };
   });
 }
@@ -207,7 +238,7 @@ function baselineTraces(panel, metric, span) {
     .map((cell) => {
       const [mean] = cell.m[metric];
       const label = `${data.panels[cell.panel].model} ${data.lines[cell.line].label}, batch size ${cell.size}`;
-      return { x: span, y: [mean, mean], mode: "lines", name: plain(label), hovertemplate: `${plain(label)}: %{y:.2f}<extra></extra>`, line: { color: style("faint"), dash: "dash", width: 1.5 } };
+      return { x: span, y: [mean, mean], mode: "lines", name: label, hovertemplate: `${plain(label)}: %{y:.2f}<extra></extra>`, line: { color: style("faint"), dash: "dash", width: 1.5 } };
     });
 }
 
@@ -246,7 +277,7 @@ function drawFigure() {
     const span = x.range ? x.range.map((power) => 10 ** power) : [];
     const traces = [...baselineTraces(panel, metric, exact ? span : []), ...(overlaid ? publishedTraces(panel, span) : [])];
     if (traces.length) notes.add("Dashed or dotted gray: the baseline.");
-    if (published.length) notes.add(`Hollow: ${[...new Set(published.filter((s) => s.norm).map((s) => s.label))].join("; ")}.`);
+    if (published.length) notes.add(`Hollow: ${[...new Set(published.filter((s) => s.batch_size).map((s) => s.label))].join("; ")}.`);
     for (const [line, own] of groupsOf(cells, lineOf)) {
       own.sort((a, b) => (axis === "setting" ? a.x.setting - b.x.setting : a.size - b.size));
       traces.push(...tracesOf(data.lines[line], own, axis, metric, colourOf(data.lines[line])));
@@ -291,7 +322,7 @@ function drawMemory() {
     for (const cell of cells)
       rows.push([title, data.lines[cell.line].label, cell.size, Number(positionOf(cell, axis).toPrecision(4)), cell.m[metric][0]]);
     const x = logAxis(cells.map((cell) => positionOf(cell, axis)), AXES[axis]);
-    return [{ title: `${title}: ${name} against ${AXES[axis]}`, traces, layout: withLegend(layoutOf(title, x, { ...frameOf(cells, metric, [], notes), title: metricOf(metric).short })) }];
+    return [{ title: `${title}: ${name} against ${AXES[axis]}`, traces, layout: layoutOf(title, x, { ...frameOf(cells, metric, [], notes), title: metricOf(metric).short }) }];
   });
   const note = putPlots("memory", plots, "No memory is recorded for these runs; python -m gnbench.memory measures it.");
   if (plots.length) note.textContent = `At each point stands its batch size. To the left and below is better. ${[...notes].join(" ")}`;
@@ -324,7 +355,7 @@ function drawCurves() {
     const cells = cellsOf(number).filter((cell) => cell.size === size);
     const traces = cells.flatMap((cell) => curvesOf(cell, curve, over));
     if (!traces.length) return [];
-    const layout = withLegend(layoutOf(`${title}, batch size ${size}`, { title: names[over] }, { title: option }));
+    const layout = layoutOf(`${title}, batch size ${size}`, { title: names[over] }, { title: option });
     if (curve === "test_error" && chosen("target") !== "")
       layout.shapes = [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: target, y1: target, line: { color: style("faint"), dash: "dot", width: 1 } }];
     return [{ title: `${title}, batch size ${size}: ${option} over ${names[over]}`, traces, layout }];
@@ -351,7 +382,7 @@ function curvesOf(cell, curve, over) {
   const kept = everywhere.filter((at) => at.every((i, r) => i >= 0 && runs[r][curve][i] !== null));
   const mean = (of) => kept.map((at) => at.reduce((sum, i, r) => sum + of(runs[r])[i], 0) / runs.length);
   const bold = {
-    x: mean((run) => abscissaOf(run, over)), y: mean((run) => run[curve]), name: plain(line.label),
+    x: mean((run) => abscissaOf(run, over)), y: mean((run) => run[curve]), name: line.label,
     mode: kept.length > 1 ? "lines" : "markers", line: { color: colour, dash: line.dash, width: 2.5 },
     marker: { color: colour, symbol: line.symbol }, hovertemplate: `${plain(line.label)}: %{y:.2f}<extra></extra>`,
   };
@@ -389,9 +420,7 @@ function drawEvaluations() {
   if (traces.length) {
     const cell = data.cells[number];
     const title = `${data.lines[cell.line].label}, batch size ${cell.size}`;
-    const layout = layoutOf(title, logAxis(values, "images whose statistics are taken together", [...new Set(values)]), { title: "test error (%)" });
-    layout.showlegend = true;
-    layout.legend = { orientation: "h", y: -0.3 };
+    const layout = layoutOf(title, logAxis(values, "images normalized together", [...new Set(values)]), { title: "test error (%)" });
     plots.push({ title: `${title}: test error by the statistics at evaluation`, traces, layout });
   }
   putPlots("evaluations", plots, "");

@@ -103,21 +103,21 @@ function offerLines() {
     });
     const name = document.createElement("span");
     name.textContent = line.label;
-    label.append(box, swatch(line), name);
+    label.append(box, swatch(colourOf(line), line.dash, line.symbol), name);
     return label;
   });
   element("lines").replaceChildren(element("lines").firstElementChild, ...boxes);
   element("lines").hidden = boxes.length === 0;
 }
 
-// The sign of a line as in the figures: its dashes and its marker.
-function swatch(line) {
+// The sign of a line as in the figures: its dashes and its marker, of which one may be null.
+function swatch(colour, dash, symbol) {
   const space = "http://www.w3.org/2000/svg";
   const svg = document.createElementNS(space, "svg");
   for (const [key, value] of Object.entries({ width: 34, height: 14, "aria-hidden": "true" }))
     svg.setAttribute(key, value);
   const stroke = document.createElementNS(space, "path");
-  const dashes = { solid: "", dash: "6 4", dashdot: "7 3 2 3", dot: "2 3" }[line.dash];
+  const dashes = { solid: "", dash: "6 4", dashdot: "7 3 2 3", dot: "2 3" }[dash];
   const marks = {
     circle: "M13 7a4 4 0 1 0 8 0a4 4 0 1 0-8 0",
     square: "M13 3h8v8h-8z",
@@ -127,15 +127,19 @@ function swatch(line) {
     x: "M13 5l2-2l2 2l2-2l2 2l-2 2l2 2l-2 2l-2-2l-2 2l-2-2l2-2z",
     cross: "M15.5 2h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5v-3h3.5z",
     star: "M17 1l1.7 4h4.3l-3.4 2.7l1.3 4.3l-3.9-2.5l-3.9 2.5l1.3-4.3l-3.4-2.7h4.3z",
+    "triangle-left": "M12 7l9-5v10z",
+    "triangle-right": "M22 7l-9-5v10z",
+    "diamond-tall": "M17 1l3.5 6l-3.5 6l-3.5-6z",
+    pentagon: "M17 2l5 3.7l-1.9 6h-6.2l-1.9-6z",
+    octagon: "M15.2 2.5h3.6l2.7 2.7v3.6l-2.7 2.7h-3.6l-2.7-2.7v-3.6z",
     hexagon: "M13 5l4-3l4 3v4l-4 3l-4-3z",
   };
-  const colour = colourOf(line);
-  stroke.setAttribute("d", "M0 7H34");
+  stroke.setAttribute("d", dash ? "M0 7H34" : "");
   stroke.setAttribute("stroke", colour);
   stroke.setAttribute("stroke-width", "2");
-  stroke.setAttribute("stroke-dasharray", dashes);
+  stroke.setAttribute("stroke-dasharray", dashes ?? "");
   const mark = document.createElementNS(space, "path");
-  mark.setAttribute("d", marks[line.symbol]);
+  mark.setAttribute("d", marks[symbol] ?? "");
   mark.setAttribute("fill", colour);
   svg.append(stroke, mark);
   return svg;
