@@ -25,14 +25,14 @@ ROWS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 OVERRIDES = (
     "dataset=cifar10",
     "dataset._target_=tests.meta_device.pictures",
-    *("dataset.train_images=640", "dataset.test_images=20", "dataset.classes=4"),
+    *("dataset.train_images=64", "dataset.test_images=20", "dataset.classes=4"),
 )
 
 
 def pictures(root=None):
     """Return white images of CIFAR-10's size."""
-    train, test = (torch.full((n, 32, 32, 3), 255, dtype=torch.uint8) for n in (640, 20))
-    return Dataset(train, torch.arange(640) % 4, test, torch.arange(20) % 4)
+    train, test = (torch.full((n, 32, 32, 3), 255, dtype=torch.uint8) for n in (64, 20))
+    return Dataset(train, torch.arange(64) % 4, test, torch.arange(20) % 4)
 
 
 class Launches(TorchDispatchMode):

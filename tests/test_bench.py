@@ -174,6 +174,23 @@ def test_a_precision_that_the_device_has_not_is_left_out(monkeypatch, capsys, la
     assert lacking in line
 
 
+def test_products_in_tf32_are_timed_by_torch_s_setting(monkeypatch):
+    seen, matmul = [], torch.backends.cuda.matmul
+
+    def rate(work, device, seconds):
+        seen.append(matmul.fp32_precision)
+        return 1.0
+
+    monkeypatch.setattr(limit, "rate", rate)
+    run = compose(*tiny.OVERRIDES)
+    players = bench.hardware(run, ["fp32", "tf32"])
+    assert set(players) == {"fp32", "tf32", "copy"}
+    before = matmul.fp32_precision
+    for name in ("fp32", "tf32", "fp32"):
+        players[name](0.1)
+    assert seen == [before, "tf32", "ieee"]
+
+
 def own_norm(folder):
     """Write a norm of a user's own; return the folder for --config-dir."""
     (folder / "own" / "norm").mkdir(parents=True)

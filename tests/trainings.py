@@ -144,10 +144,10 @@ def in_turns(trainings):
 
 
 def leaving_one_by_one(trainings):
-    """Close the first one after two epochs, the next after two more, and so on but for the last."""
+    """Close the first one after two epochs, the next after one more, and so on but for the last."""
     found, calls = [[] for _ in trainings], [one.run() for one in trainings]
     for leaving, one in enumerate(trainings[:-1]):
-        while one.position.epoch < 2 + 2 * leaving:
+        while one.position.epoch < 2 + leaving:
             for number, call in list(enumerate(calls))[leaving:]:
                 found[number] += [timeless(row) for row in [next(call)] if row]
         one.engine.close()
