@@ -17,7 +17,7 @@ from gnbench.aggregate.__main__ import write_studies
 from gnbench.aggregate.report import commands, contents
 from gnbench.aggregate.report.answer import leaders
 from gnbench.aggregate.report.contents import Look, Shown
-from gnbench.aggregate.statistics import summarize
+from gnbench.aggregate.statistics import intervals, summarize
 from gnbench.aggregate.study import read_study
 from gnbench.archive import ArchiveConfig, archive
 from gnbench.composition import composed
@@ -94,6 +94,23 @@ def test_its_numbers_are_those_of_the_tables(demo):
         assert x["steps"] == 10 * x["epochs"]
     assert [panel["beside"] for panel in data["panels"]] == [True, False]
     assert [line["colour"] for line in data["lines"]] == ["#0072b2", "#d62728"]
+
+
+def test_what_is_said_of_other_measures_is_what_the_tables_would_say_of_them(study):
+    put(study, 30.0, "norm=gn", "optimizer.lr=0.01", batch_size=4, status="diverged")
+    for seed, eps in ((0, 1e-5), (1, 1e-3), (2, 1e-3)):
+        put(study, 15.0 + seed, "norm=ln", f"norm.eps={eps}", batch_size=4, seed=seed)
+    runs = read_study(study).runs
+    shown = Shown(read_study(study), runs, LOOK)
+    measured = runs["test_error"] ** 1.5 / 100
+    measured[[1, 4, 5]] = math.nan
+    found = intervals(shown.summary, measured, runs["status"], shown.grouped)
+    for i, (row, positions) in enumerate(shown.cells):
+        values = measured.iloc[positions]
+        told = [*found.loc[i, ["test_error_mean", "test_error_std"]], row["n_seeds"]]
+        assert told == pytest.approx([values.mean(), values.std(), len(positions)], nan_ok=True)
+    again = summarize(runs.assign(test_error=measured))
+    pd.testing.assert_frame_equal(found, again[found.columns])
 
 
 def test_of_an_archive_it_is_the_same_without_links(demo, tmp_path):

@@ -351,18 +351,20 @@ def cell_of(runs: pd.DataFrame) -> Cell:
 
     ``correct.npy`` counts only if every run of the cell has one, and all of the same test images.
     """
-    chosen = runs.reindex(columns=[f"dataset.{key}" for key in TEST_SET]).astype(str)
-    correct, test_sets = [], {*chosen.itertuples(index=False, name=None)}
-    for _, row in runs.iterrows():
-        try:
-            path = Path(row["directory"], "correct.npy")
-            correct.append(read_correct(path, int(row["dataset.test_images"])))
-        except (OSError, DamagedError, LookupError, TypeError, ValueError):
-            break  # of an older version, or damaged
-    whole = len(correct) == len(runs) and len(test_sets) == 1
-    return Cell(
-        runs["test_error"].to_numpy(float),
-        bool((runs["status"] == "diverged").any()),
-        np.stack(correct) if whole else None,
-        next(iter(test_sets)) if whole else (),
-    )
+    errors = runs["test_error"].to_numpy(float)
+    diverged = bool((runs["status"] == "diverged").any())
+    try:
+        sizes = runs["dataset.test_images"]
+        correct = [
+            read_correct(Path(directory, "correct.npy"), int(total))
+            for directory, total in zip(runs["directory"], sizes, strict=True)
+        ]
+    except (OSError, DamagedError, LookupError, TypeError, ValueError):
+        return Cell(errors, diverged)  # of an older version, or damaged
+    nothing = [None] * len(runs)
+    columns = (runs.get(f"dataset.{key}", nothing) for key in TEST_SET)
+    texts = (["" if pd.isna(value) else str(value) for value in column] for column in columns)
+    test_sets = {*zip(*texts, strict=True)}
+    if len(test_sets) != 1:
+        return Cell(errors, diverged)
+    return Cell(errors, diverged, np.stack(correct), test_sets.pop())

@@ -9,19 +9,20 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.transforms import ScaledTranslation
 
 from gnbench import files
 from gnbench.aggregate.statistics import settings_of
 from gnbench.aggregate.study import CELL
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 # Colour-blind-safe hues of Okabe & Ito (2008), BN blue and GN red as in the report.
 STYLES = {
@@ -78,6 +79,8 @@ def draw_errors(
     hollow markers, its baseline as a dotted line. For a ``paper`` the panels stand one below
     another in a column, without titles, which are for its captions to say.
     """
+    from matplotlib.transforms import ScaledTranslation
+
     x = x_axis(summary)
     settings = [name for name in settings_of(summary) if name != x]
     beside = is_beside(summary, baseline)
@@ -139,6 +142,8 @@ def draw_curves(metrics: pd.DataFrame, settings: Sequence[str], order: str) -> F
 
     Bold: the mean over seeds of the epochs that all of them have; faint: each seed.
     """
+    from matplotlib.figure import Figure  # half a second, and the page draws without it
+
     rows = list(metrics.groupby(["dataset", "model"], sort=True))
     columns = max(row["batch_size"].nunique() for _, row in rows)
     figure = Figure(figsize=(1.2 + 2.4 * columns, 0.8 + 2.4 * len(rows)), layout="constrained")
@@ -214,7 +219,10 @@ def sort_lines(table: pd.DataFrame, settings: Sequence[str]) -> pd.DataFrame:
 def line_label(row: Any, settings: Sequence[str]) -> str:
     """Name a line: its norm, and every setting in which the lines differ."""
     parts = [str(row["norm"]).upper() if row["norm"] != "none" else "no norm"]
-    for name, value in row[list(settings)].dropna().items():
+    for name in settings:
+        value = row[name]
+        if pd.isna(value):
+            continue
         whole = isinstance(value, float) and value.is_integer()
         parts.append(f"{name}={int(value) if whole else value}")
     return " ".join(parts)
@@ -222,6 +230,8 @@ def line_label(row: Any, settings: Sequence[str]) -> str:
 
 def grid(count: int, width: float, height: float, columns: int = 3) -> tuple[Figure, list[Axes]]:
     """Return a figure of ``count`` panels, ``columns`` in a row, each of so many inches."""
+    from matplotlib.figure import Figure
+
     columns = min(count, columns)
     lines = math.ceil(count / columns)
     figure = Figure(figsize=(width * columns, height * lines), layout="constrained")

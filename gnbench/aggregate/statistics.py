@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
@@ -41,37 +42,45 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     table = table[table["status"].isin(FINISHED)].drop_duplicates("run_id")
     keys = CELL + differing(table)
     grouped = table.groupby(keys, dropna=False, sort=True)
-    summary = grouped["test_error"].agg(["size", "mean", "std"]).reset_index()
-    summary.columns = pd.Index([*keys, "n_seeds", "test_error_mean", "test_error_std"])
-    n = summary["n_seeds"]
-    quantile = stdtrit((n - 1).clip(lower=1), (1 + CONFIDENCE) / 2)
-    half = quantile * summary["test_error_std"] / n**0.5
-    summary["ci_low"] = summary["test_error_mean"] - half
-    summary["ci_high"] = summary["test_error_mean"] + half
-    summary["n_diverged"] = grouped["status"].agg(lambda s: int((s == "diverged").sum())).to_numpy()
-    cells = pd.Series(
-        [
-            Cell(rows["test_error"].to_numpy(float), bool((rows["status"] == "diverged").any()))
-            for _, rows in grouped
-        ],
-        dtype=object,
-    )
-    summary["pooled_low"] = summary["pooled_high"] = math.nan
-    for _, rows in summary.groupby(["dataset", "model"]):
-        own = cells[rows.index]
-        pooled = pool(list(own))
-        if pooled is None:
-            continue
-        for i, cell in own.items():
-            if cell.usable:
-                half_width = pooled.half(cell)
-                summary.loc[i, "pooled_low"] = cell.mean - half_width
-                summary.loc[i, "pooled_high"] = cell.mean + half_width
+    summary = grouped.size().reset_index(name="n_seeds")
+    summary = summary.join(intervals(summary, table["test_error"], table["status"], grouped))
     if "balanced_test_error" in table and table["balanced_test_error"].notna().any():
         means = grouped["balanced_test_error"].mean()
         summary["balanced_test_error_mean"] = means.to_numpy()
         summary["test_error_final_mean"] = grouped["test_error_final"].mean().to_numpy()
     return summary
+
+
+def intervals(
+    summary: pd.DataFrame, errors: pd.Series[float], status: pd.Series[str], grouped: Any
+) -> pd.DataFrame:
+    """Return what `summarize` says of ``errors``, a row a row of ``summary``.
+
+    ``grouped`` are the runs by these rows (`DataFrameGroupBy`); ``errors`` may be of other measures
+    than the test error, NaN where they are not known.
+    """
+    cell = grouped.ngroup().to_numpy()
+    diverged = np.bincount(cell, (status == "diverged").to_numpy(), len(summary)).astype(int)
+    of_cell = errors.astype(float).groupby(cell)
+    columns: dict[str, Any] = {"test_error_mean": of_cell.mean(), "test_error_std": of_cell.std()}
+    n = summary["n_seeds"]
+    quantile = stdtrit((n - 1).clip(lower=1), (1 + CONFIDENCE) / 2)
+    half = quantile * columns["test_error_std"] / n**0.5
+    columns["ci_low"] = columns["test_error_mean"] - half
+    columns["ci_high"] = columns["test_error_mean"] + half
+    columns["n_diverged"] = diverged
+    ends = np.cumsum(n)[:-1]
+    in_order = np.asarray(errors, np.float64)[np.argsort(cell, kind="stable")]
+    by_cell = np.split(in_order, ends)[: len(summary)]  # of none there is one part
+    cells = [Cell(own, bool(bad)) for own, bad in zip(by_cell, diverged, strict=True)]
+    low, high = np.full((2, len(cells)), np.nan)
+    for numbers in summary.groupby(["dataset", "model"]).indices.values():
+        pooled = pool([cells[i] for i in numbers])
+        for i in numbers:
+            if pooled is not None and cells[i].usable:
+                half_width = pooled.half(cells[i])
+                low[i], high[i] = cells[i].mean - half_width, cells[i].mean + half_width
+    return pd.DataFrame(columns | {"pooled_low": low, "pooled_high": high}, summary.index)
 
 
 def settings_of(summary: pd.DataFrame) -> list[str]:

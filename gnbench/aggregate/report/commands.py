@@ -26,11 +26,16 @@ def commands(run_dirs: Sequence[str], study: str) -> tuple[list[list[str]], list
     what they recorded; recipes that differ in one setting are one sweep.
     """
     configs: dict[str, dict[str, Any]] = {}
+    keys: dict[str, str] = {}  # of what was recorded, since most of it is the same
     cells: dict[str, list[set[int]]] = {}
     for run_dir in run_dirs:
         try:
             config = read_record(Path(run_dir, "run.json"))["config"]
-            key = json.dumps(identity(config | dict.fromkeys(CELL, 1)), sort_keys=True)
+            recipe = config | dict.fromkeys(CELL, 1)
+            recorded = json.dumps(recipe)
+            if recorded not in keys:
+                keys[recorded] = json.dumps(identity(recipe), sort_keys=True)
+            key = keys[recorded]
             values = [int(config[name]) for name in CELL]
             configs.setdefault(key, config)
         except (DamagedError, OSError, LookupError, TypeError, ValueError, AttributeError):

@@ -6,13 +6,16 @@ All that is a statistic is computed here, by the same functions as the tables of
 from __future__ import annotations
 
 import colorsys
+import functools
 import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from matplotlib.colors import to_hex, to_rgb
 
@@ -30,8 +33,8 @@ from gnbench.aggregate.figure import (
     x_axis,
 )
 from gnbench.aggregate.report.runs import MEASURED, runs_table
-from gnbench.aggregate.statistics import settings_of, summarize
-from gnbench.aggregate.study import CELL, RECORD, Study, all_published, of_their_size, read_metrics
+from gnbench.aggregate.statistics import intervals, settings_of, summarize
+from gnbench.aggregate.study import CELL, Study, all_published, of_their_size, read_metrics
 from gnbench.aggregate.verdict import Panel, panels
 from gnbench.runs.directory import FINISHED
 
@@ -39,7 +42,6 @@ SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v"
 SYMBOLS |= {"X": "x", "P": "cross", "*": "star", "h": "hexagon", "<": "triangle-left"}
 SYMBOLS |= {">": "triangle-right", "d": "diamond-tall", "p": "pentagon", "8": "octagon"}
 DASHES = {"-": "solid", "--": "dash", "-.": "dashdot", ":": "dot"}
-RECORDED = set(RECORD)
 HUES = [*STYLES.values()][2:5]  # those of BN and GN come late
 HUES += [*zip(MORE_COLOURS, MORE_MARKERS, strict=False), *STYLES.values()]
 HUES = [*dict.fromkeys(HUES)]  # 13, which no number of dashes divides
@@ -95,7 +97,7 @@ class Shown:
         )
         self.evaluations = self._read_evaluations()
 
-    @property
+    @functools.cached_property
     def finished(self) -> pd.DataFrame:
         """The runs that have a result."""
         return self.runs[self.runs["status"].isin(FINISHED)]
@@ -108,14 +110,20 @@ class Shown:
             return pd.Series(math.nan, self.runs.index)
         return pd.to_numeric(self.runs[name], errors="coerce").astype(float)
 
-    def cells(self) -> list[tuple[Any, pd.DataFrame]]:
-        """Return the rows of the summary, each with its runs."""
+    @functools.cached_property
+    def grouped(self) -> Any:
+        """The finished runs by the rows of the summary, as `summarize` groups them."""
         keys = [*CELL, *settings_of(self.summary)]
-        if self.summary.empty:
-            return []
-        grouped = self.finished.groupby(keys, dropna=False, sort=True)  # as `summarize` does
-        rows = (row for _, row in self.summary.iterrows())
-        return list(zip(rows, (runs for _, runs in grouped), strict=True))
+        return self.finished.groupby(keys, dropna=False, sort=True)
+
+    @functools.cached_property
+    def cells(self) -> list[tuple[pd.Series[Any], npt.NDArray[np.int_]]]:
+        """The rows of the summary, each with the positions of its runs among the finished ones."""
+        of_run = self.grouped.ngroup().to_numpy()
+        ends = np.cumsum(self.summary["n_seeds"])[:-1]
+        positions = np.split(np.argsort(of_run, kind="stable"), ends)[: len(self.summary)]
+        rows = [row for _, row in self.summary.iterrows()]
+        return list(zip(rows, positions, strict=True))
 
     def _read_evaluations(self) -> pd.DataFrame:
         """Read ``evaluations.csv``, the rows of finished runs; a damaged one is a problem."""
@@ -225,8 +233,11 @@ def _add_study(
     beside = is_beside(one.summary, look.baseline)
     places: dict[tuple[str, str], int] = {}
     published = of_their_size(all_published(), one.runs)
-    columns = {name: one.column(name) for name in HELD.values()}
-    for values, (row, runs) in zip(_values(one), one.cells(), strict=True):
+    columns = {name: one.column(name)[one.finished.index].to_numpy() for name in HELD.values()}
+    ids = one.finished["run_id"].to_numpy()
+    cell_of_run = {ids[i]: cell for cell, (_, runs) in enumerate(one.cells) for i in runs}
+    evaluations = dict([*one.evaluations.groupby(one.evaluations["run_id"].map(cell_of_run))])
+    for values, (cell_number, (row, runs)) in zip(_values(one), enumerate(one.cells), strict=True):
         key = (str(row["dataset"]), str(row["model"]))
         if key not in places:
             places[key] = len(found["panels"])
@@ -235,25 +246,26 @@ def _add_study(
                     "study": number,
                     "dataset": key[0],
                     "model": key[1],
-                    "beside": bool(beside[row.name]),
+                    "beside": bool(beside[cell_number]),
                     "published": _published(published, key, look.baseline, lines),
                 }
             )
-        held = {name: columns[column][runs.index].mean() for name, column in HELD.items()}
+        held = {name: _mean(columns[column][runs]) for name, column in HELD.items()}
         cell: dict[str, Any] = {
             "panel": places[key],
             "line": lines.number(row, settings),
             "joined": lines.number(row, besides) if axis else None,
             "size": int(row["batch_size"]),
             "x": {name: figures(value) for name, value in held.items()},
-            "runs": [numbers[number, run_id] for run_id in runs["run_id"]],
+            "runs": [numbers[number, run_id] for run_id in ids[runs]],
             "diverged": int(row["n_diverged"]),
             "m": values,
         }
         if axis:
             cell["x"]["setting"] = figures(float(row[axis]))
         found["evaluations"] += [
-            {"cell": len(found["cells"]), **entry} for entry in _evaluations(one, runs)
+            {"cell": len(found["cells"]), **entry}
+            for entry in _evaluations(evaluations.get(cell_number))
         ]
         found["cells"].append(cell)
 
@@ -261,16 +273,16 @@ def _add_study(
 def _values(one: Shown) -> list[dict[str, list[Any]]]:
     """Return for every row of the summary mean, low and high of every metric."""
     collected: list[dict[str, list[Any]]] = [{} for _ in range(len(one.summary))]
-    runs = one.runs[[*RECORDED.intersection(one.runs), *settings_of(one.summary)]]
+    status = one.finished["status"]
     for name, _, _, pooled in METRICS:
-        numbers = one.column(name)
-        if numbers[one.finished.index].isna().all():
+        numbers = one.column(name)[one.finished.index]
+        if numbers.isna().all():
             continue
-        # What `summarize` says of the test error, it says of whatever stands in its place.
-        summary = summarize(runs.assign(test_error=numbers))
+        table = intervals(one.summary, numbers, status, one.grouped)
         low, high = ("pooled_low", "pooled_high") if pooled else ("ci_low", "ci_high")
-        for values, (_, row) in zip(collected, summary.iterrows(), strict=True):
-            entry = [figures(row[c], 6) for c in ("test_error_mean", low, high)]
+        rows = table[["test_error_mean", low, high]].to_numpy().tolist()
+        for values, row in zip(collected, rows, strict=True):
+            entry = [figures(value, 6) for value in row]
             if entry[0] is not None:
                 values[name] = entry
     return collected
@@ -298,10 +310,17 @@ def _published(
     return series
 
 
-def _evaluations(one: Shown, runs: pd.DataFrame) -> list[dict[str, Any]]:
+def _mean(values: npt.NDArray[np.floating[Any]]) -> float:
+    """Return the mean of what is known."""
+    known = np.count_nonzero(~np.isnan(values))
+    return float(np.nansum(values)) / known if known else math.nan
+
+
+def _evaluations(table: pd.DataFrame | None) -> list[dict[str, Any]]:
     """Return the evaluations of the runs of a cell, means over seeds."""
-    table = one.evaluations[one.evaluations["run_id"].isin(runs["run_id"])]
-    entries = []
+    entries: list[dict[str, Any]] = []
+    if table is None:
+        return entries
     for (name, images), rows in table.groupby(["statistics", "images"], sort=False):
         entries.append(
             {
@@ -325,33 +344,38 @@ def _curves(shown: Sequence[Shown], numbers: dict[tuple[int, str], int]) -> dict
     stride = max(1, math.ceil(rows / MOST_POINTS))
     runs = {}
     for number, one in enumerate(shown):
-        for run_id, table in one.metrics.groupby("run_id", sort=False):
-            table = table.sort_values("epoch").assign(passed=lambda t: t["seconds"].cumsum())
-            last = table["epoch"].max()
-            table = table[(table["epoch"] % stride == 0) | (table["epoch"] == last)]
-            epochs = [int(epoch) for epoch in table["epoch"]]
+        run, names = pd.factorize(one.metrics["run_id"])
+        table = one.metrics.iloc[np.lexsort((one.metrics["epoch"], run))]
+        columns = {name: table[name].to_numpy(float) for name in (*CURVES, "epoch", "step")}
+        seconds = table["seconds"].to_numpy(float)
+        ends = np.bincount(run).cumsum()
+        for run_id, start, end in zip(names, [0, *ends], ends, strict=False):
+            all_epochs = columns["epoch"][start:end]
+            last = all_epochs[-1]
+            kept = start + np.flatnonzero((all_epochs % stride == 0) | (all_epochs == last))
+            epochs = columns["epoch"][kept].astype(int).tolist()
             entry: dict[str, Any] = {
-                name: _steps(table[name].tolist(), unit) for name, unit in CURVES.items()
+                name: _steps(columns[name][kept], unit) for name, unit in CURVES.items()
             }
-            passed = table["passed"].tolist()
+            took = seconds[start:end]
+            passed = np.where(np.isnan(took), np.nan, np.nancumsum(took))[kept - start]
             most = passed[-1] if math.isfinite(passed[-1]) and passed[-1] > 0 else 1.0
             entry["unit"] = 10.0 ** (math.floor(math.log10(most)) - 3)
             entry["seconds"] = _steps(passed, entry["unit"])
-            entry["steps"] = figures(float(table["step"].iloc[-1]) / last) if last else None
+            entry["steps"] = figures(float(columns["step"][kept[-1]]) / last) if last else None
             if epochs != list(range(1, len(epochs) + 1)):
                 entry["epoch"] = epochs
-            runs[str(numbers[number, cast(str, run_id)])] = entry
+            runs[str(numbers[number, run_id])] = entry
     return {"stride": stride, "units": CURVES, "runs": runs}
 
 
-def _steps(values: Sequence[float], unit: float) -> list[int | None]:
+def _steps(values: npt.NDArray[np.float64], unit: float) -> list[int | None]:
     """Write numbers as steps from one to the next in ``unit``: fewer digits; None: not known."""
-    steps: list[int | None] = []
-    last = 0
-    for value in values:
-        known = math.isfinite(value) and abs(value) < LARGEST * unit
-        steps.append(round(value / unit) - last if known else None)
-        last += steps[-1] or 0
+    steps: list[int | None] = [None] * len(values)
+    known = np.flatnonzero(np.abs(values) < LARGEST * unit)  # which NaN is not
+    rounded = np.rint(values[known] / unit).astype(int)
+    for i, step in zip(known.tolist(), np.diff(rounded, prepend=0).tolist(), strict=True):
+        steps[i] = step
     return steps
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from gnbench import files, zipped
@@ -25,6 +27,7 @@ HERE = Path(__file__).parent
 NAME = "report.html"
 SCRIPTS = ("tables.js", "figures.js", "page.js")
 MOST_NAMED = 200  # runs that are listed one by one
+Cells = Mapping[tuple[str, str, str, int], npt.NDArray[np.int_]]  # dataset, model, line, batch size
 
 
 def plotly_source() -> str:
@@ -103,13 +106,12 @@ def _subtitle(shown: Sequence[Shown]) -> str:
 def _answers(one: Shown) -> str:
     if not one.panels:
         return "<p>No run is finished yet: nothing can be said.</p>"
-    cells: dict[tuple[str, str, str, int], pd.DataFrame] = {}
-    for row, runs in one.cells():
-        label = _label(row, one)
-        cells[str(row["dataset"]), str(row["model"]), label, int(row["batch_size"])] = runs
-    return "".join(
-        _answer(key, leaders(panel, one.look.registered), cells) for key, panel in _panels(one)
-    )
+    settings, cells = settings_of(one.summary), {}
+    for row, positions in one.cells:
+        key = (str(row["dataset"]), str(row["model"]))
+        cells[*key, line_label(row, settings), int(row["batch_size"])] = positions
+    found = {key: leaders(panel, one.look.registered) for key, panel in _panels(one)}
+    return "".join(_answer(key, own, cells, one.finished) for key, own in found.items())
 
 
 def _panels(one: Shown) -> list[tuple[tuple[str, str], Panel]]:
@@ -119,24 +121,25 @@ def _panels(one: Shown) -> list[tuple[tuple[str, str], Panel]]:
     return sorted(one.panels.items(), key=lambda item: item[0] in beside)
 
 
-def _label(row: Any, one: Shown) -> str:
-    return line_label(row, settings_of(one.summary))
-
-
 def _answer(
     key: tuple[str, str],
     found: Sequence[Leader],
-    cells: dict[tuple[str, str, str, int], pd.DataFrame],
+    cells: Cells,
+    runs: pd.DataFrame,
 ) -> str:
-    """Answer for a dataset and model: at the smallest batch size, then at all of them."""
+    """Answer for a dataset and model: at the smallest batch size, then at all of them.
+
+    ``cells`` are the positions of their runs in ``runs``.
+    """
     network = f"{key[0]}, {key[1]}"
     if not found:
         return f"<article><h4>{escape(network)}</h4><p>All of its runs diverged.</p></article>"
     first = found[0]
-    there = cells[*key, first.line.label, first.batch_size]
-    second = first.next_line
-    other = None if second is None else (second.label, cells[*key, second.label, first.batch_size])
-    norms = [*dict.fromkeys(str(runs["norm"].iloc[0]) for runs in (there, *(other or ())[1:]))]
+    there = runs.iloc[cells[*key, first.line.label, first.batch_size]]
+    other = None
+    if second := first.next_line:
+        other = (second.label, runs.iloc[cells[*key, second.label, first.batch_size]])
+    norms = [*dict.fromkeys(str(own["norm"].iloc[0]) for own in (there, *(other or ())[1:]))]
     measured = f"dataset={key[0]} model={key[1]} norms=[{','.join(norms)}]"
     held = memory(there, other, f"{measured} batch_sizes=[{first.batch_size}]")
     facts = {
@@ -144,7 +147,7 @@ def _answer(
         "How sure": f"{_mark(first)} {escape(first.sure())}",
         "Memory": escape(held),
     }
-    if below := _published_below(key, first.batch_size, pd.concat(cells.values())):
+    if below := _published_below(key, first.batch_size, runs):
         size, text = below
         facts[f"At batch size {size}"] = escape(text)
     if first.diverged:
@@ -153,7 +156,7 @@ def _answer(
     heading = f"{network}, at batch size {first.batch_size}"
     return (
         f"<article><h4>{escape(heading)}</h4><dl>{listed}</dl>"
-        f"{_at_every_size(network, key, found, cells) if len(found) > 1 else ''}</article>"
+        f"{_at_every_size(network, key, found, cells, runs) if len(found) > 1 else ''}</article>"
     )
 
 
@@ -174,11 +177,12 @@ def _at_every_size(
     network: str,
     key: tuple[str, str],
     found: Sequence[Leader],
-    cells: dict[tuple[str, str, str, int], pd.DataFrame],
+    cells: Cells,
+    runs: pd.DataFrame,
 ) -> str:
     rows = []
     for one in found:
-        held, kind = bytes_held(cells[*key, one.line.label, one.batch_size])
+        held, kind = bytes_held(runs.iloc[cells[*key, one.line.label, one.batch_size]])
         peak = " at peak" if kind == "peak_memory_bytes" else ""
         pair = one.against
         rows.append(
