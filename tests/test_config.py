@@ -409,12 +409,6 @@ def test_bf16_is_refused_where_the_processor_emulates_it(monkeypatch):
     compose("precision=bf16", "device=cpu")
 
 
-def test_tf32_is_refused_on_a_processor():
-    with pytest.raises(ConfigError, match=r"^precision=tf32: the cpu .* choose precision=fp32$"):
-        compose("precision=tf32", "device=cpu")
-    check.check(parsed("precision=tf32"))
-
-
 def test_checking_leaves_the_random_generator_alone():
     torch.manual_seed(5)
     expected = torch.rand(1)

@@ -1,11 +1,13 @@
-"""`CudaGraphs` itself, against a stand-in for ``torch.cuda`` (tests.fake_cuda)."""
+"""`CudaGraphs` itself, against a stand-in for ``torch.cuda`` (tests.fake_cuda), and on a GPU."""
 
 import gc
 import itertools
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
+from gnbench import build
 from gnbench.errors import RecordingError
 from gnbench.train import cuda_graphs
 from gnbench.train.cuda_graphs import CudaGraphs
@@ -13,19 +15,25 @@ from gnbench.train.replicas import ReplicaGroup
 from tests.fake_cuda import Cuda
 from tests.trainings import (
     CPU,
+    NORMS,
     assert_same_weights,
+    assert_together_as_alone,
     in_turns,
     leaving_one_by_one,
     rows,
-    training,
+    three,
 )
 
 SHORT = {"batch_size": 5, "epochs": 3}  # nine steps and a partial one an epoch: 4, 4, 1, and 1
 
 
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr("gnbench.train.graph_engine.STEPS_A_GRAPH", 4)
+
+
 @pytest.fixture
 def cuda(monkeypatch):
-    monkeypatch.setattr("gnbench.train.graph_engine.STEPS_A_GRAPH", 4)
     gc.collect()  # graphs of other tests
     monkeypatch.setattr(torch, "__version__", "2.14.1")  # as which the stand-in behaves
     found = Cuda()
@@ -131,13 +139,10 @@ def test_workspaces_are_the_graph_s_own(cuda):
     assert cuda.faults == []
 
 
-def three(group=None, **settings):
-    return [training("gn", seed=seed, group=group, **SHORT | settings) for seed in (3, 4, 5)]
-
-
 def test_replicas_leave_and_the_others_train_and_evaluate_on(cuda):
     """No graph dies while another one of its stream is still replayed."""
-    alone, together = three(epochs=4), three(ReplicaGroup(CudaGraphs(CPU), CPU), epochs=4)
+    settings = {"norm": "gn", **SHORT, "epochs": 4}
+    alone, together = three(**settings), three(group=ReplicaGroup(CudaGraphs(CPU), CPU), **settings)
     expected = [rows(one) for one in alone]
     found = leaving_one_by_one(together)
     assert [len(own) for own in found] == [2, 3, 4]
@@ -148,8 +153,9 @@ def test_replicas_leave_and_the_others_train_and_evaluate_on(cuda):
 
 
 def test_a_branch_that_cannot_be_captured_costs_the_others_nothing(cuda):
-    expected = [rows(one) for one in three()]
-    together = three(ReplicaGroup(CudaGraphs(CPU), CPU))
+    settings = {"norm": "gn", **SHORT}
+    expected = [rows(one) for one in three(**settings)]
+    together = three(group=ReplicaGroup(CudaGraphs(CPU), CPU), **settings)
 
     def refuse(*_):
         if torch.cuda.is_current_stream_capturing():
@@ -217,3 +223,63 @@ def test_an_error_in_freeing_memory_is_not_hidden_elsewhere(cuda):
     cuda.spoilt = True
     with pytest.raises(RuntimeError, match="captures_underway"):
         cuda_graphs.empty_cache()
+
+
+# On a GPU.
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+
+
+def on_a_gpu():
+    """Return the settings of a training on it, and a group of replicas."""
+    build.make_deterministic("fp32")
+    device = torch.device("cuda", 0)
+    return {"device": device, **SHORT}, ReplicaGroup(CudaGraphs(device), device)
+
+
+@pytest.mark.cuda
+@on_cuda
+@pytest.mark.parametrize("norm", NORMS)
+def test_on_cuda_each_replica_is_what_it_is_alone(norm):
+    settings, group = on_a_gpu()
+    assert_together_as_alone(group, norm=norm, **settings)
+
+
+@pytest.mark.cuda
+@on_cuda
+@pytest.mark.parametrize("norm", ["bn", "gn"])
+def test_on_cuda_the_first_replica_leaves_and_the_others_go_on(norm):
+    """Whose graphs its graphs' end must not harm, nor what is captured anew (pytorch#193402)."""
+    settings, group = on_a_gpu()
+    settings |= {"norm": norm, "epochs": 4}
+    alone = three(**settings)
+    expected = [rows(one) for one in alone]
+    together = three(group=group, **settings)
+    found = leaving_one_by_one(together)
+    for own, wanted in zip(found, expected, strict=True):
+        assert own == wanted[: len(own)]
+    assert len(found[2]) == 4
+    assert together[2].engine.name == "graph"
+    assert_same_weights(together[2], alone[2])
+
+
+@pytest.mark.cuda
+@on_cuda
+@pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.12", reason="torch 2.11 has no capture after a failed one"
+)
+def test_on_cuda_a_branch_that_cannot_be_captured_costs_the_others_nothing():
+    settings, group = on_a_gpu()
+    expected = [rows(one) for one in three(**settings)]
+    together = three(group=group, **settings)
+
+    def refuse(*_):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("not in a capture")
+
+    together[1].engine.model.register_forward_pre_hook(refuse)
+    assert in_turns(together) == expected
+    assert [one.engine.name for one in together] == ["graph", "eager", "graph"]
+    for one in together:
+        one.engine.close()
+    assert_together_as_alone(group, **settings)

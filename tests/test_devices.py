@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 
+from gnbench.check import compose
+from gnbench.errors import ConfigError
 from gnbench.train import devices
 from tests.trainings import CPU
 
@@ -72,3 +74,8 @@ def test_float32_is_computed_in_float32_unless_asked_and_no_release_warns(precis
     finally:
         for products, precision in zip(cuda, before, strict=True):
             products.fp32_precision = precision
+
+
+def test_tf32_is_refused_on_a_processor():
+    with pytest.raises(ConfigError, match=r"^precision=tf32: the cpu .* choose precision=fp32$"):
+        compose("precision=tf32", "device=cpu")

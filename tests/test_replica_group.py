@@ -9,7 +9,6 @@ import signal
 
 import pytest
 import torch
-from torch.torch_version import TorchVersion
 
 from gnbench import build
 from gnbench.errors import Interrupted, LockedError
@@ -23,12 +22,12 @@ from tests.conftest import measured
 from tests.replays import Recorder
 from tests.trainings import (
     CPU,
-    NORMS,
     Network,
     assert_same_weights,
+    assert_together_as_alone,
     in_turns,
-    leaving_one_by_one,
     rows,
+    three,
     training,
 )
 
@@ -43,20 +42,6 @@ FULL = torch.OutOfMemoryError("CUDA out of memory")
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setattr("gnbench.train.graph_engine.STEPS_A_GRAPH", 4)
-
-
-def three(*, group=None, device=CPU, **settings):
-    return [training(seed=seed, group=group, device=device, **settings) for seed in (3, 4, 5)]
-
-
-def assert_together_as_alone(group, **settings):
-    alone = three(**settings)
-    expected = [rows(one) for one in alone]
-    together = three(group=group, **settings)
-    assert repr(in_turns(together)) == repr(expected)  # of NaN, too
-    for one, other in zip(together, alone, strict=True):
-        assert_same_weights(one, other)
-        assert (one.engine.name, other.engine.name) == ("graph", "eager")
 
 
 @pytest.mark.parametrize("norm", ["bn", "gn"])
@@ -408,63 +393,3 @@ def test_they_share_one_copy_of_the_images(tiny_config, recorder, monkeypatch):
     monkeypatch.setattr(build, "build_training", noted)
     list(run_all(tiny_config(*REPLICAS, "epochs=1").runs()))
     assert len(addresses) == 1
-
-
-# On a GPU.
-
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-
-
-def on_a_gpu():
-    """Return the settings of a training on it, and a group of replicas."""
-    build.make_deterministic("fp32")
-    device = torch.device("cuda", 0)
-    return {"device": device, **SHORT}, ReplicaGroup(cuda_graphs.CudaGraphs(device), device)
-
-
-@pytest.mark.cuda
-@on_cuda
-@pytest.mark.parametrize("norm", NORMS)
-def test_on_cuda_each_replica_is_what_it_is_alone(norm):
-    settings, group = on_a_gpu()
-    assert_together_as_alone(group, norm=norm, **settings)
-
-
-@pytest.mark.cuda
-@on_cuda
-@pytest.mark.parametrize("norm", ["bn", "gn"])
-def test_on_cuda_the_first_replica_leaves_and_the_others_go_on(norm):
-    """Whose graphs its graphs' end must not harm, nor what is captured anew (pytorch#193402)."""
-    settings, group = on_a_gpu()
-    settings |= {"norm": norm, "epochs": 4}
-    alone = three(**settings)
-    expected = [rows(one) for one in alone]
-    together = three(group=group, **settings)
-    found = leaving_one_by_one(together)
-    for own, wanted in zip(found, expected, strict=True):
-        assert own == wanted[: len(own)]
-    assert len(found[2]) == 4
-    assert together[2].engine.name == "graph"
-    assert_same_weights(together[2], alone[2])
-
-
-@pytest.mark.cuda
-@on_cuda
-@pytest.mark.skipif(
-    TorchVersion(torch.__version__) < "2.12", reason="torch 2.11 has no capture after a failed one"
-)
-def test_on_cuda_a_branch_that_cannot_be_captured_costs_the_others_nothing():
-    settings, group = on_a_gpu()
-    expected = [rows(one) for one in three(**settings)]
-    together = three(group=group, **settings)
-
-    def refuse(*_):
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("not in a capture")
-
-    together[1].engine.model.register_forward_pre_hook(refuse)
-    assert in_turns(together) == expected
-    assert [one.engine.name for one in together] == ["graph", "eager", "graph"]
-    for one in together:
-        one.engine.close()
-    assert_together_as_alone(group, **settings)

@@ -171,3 +171,17 @@ def assert_same_weights(one, other):
     ours, others = one.engine.model.state_dict(), other.engine.model.state_dict()
     for name, value in ours.items():
         torch.testing.assert_close(value, others[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def three(*, group=None, device=CPU, **settings):
+    return [training(seed=seed, group=group, device=device, **settings) for seed in (3, 4, 5)]
+
+
+def assert_together_as_alone(group, **settings):
+    alone = three(**settings)
+    expected = [rows(one) for one in alone]
+    together = three(group=group, **settings)
+    assert repr(in_turns(together)) == repr(expected)  # of NaN, too
+    for one, other in zip(together, alone, strict=True):
+        assert_same_weights(one, other)
+        assert (one.engine.name, other.engine.name) == ("graph", "eager")
