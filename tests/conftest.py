@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from gnbench.check import compose
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # Started in the background, the tests would ignore Ctrl-C, and what they start as well.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the networks of the tests are too small to share
@@ -79,3 +81,43 @@ def cli(tmp_path):
         return done
 
     return call
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        # Without its sandbox, which root has not.
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def opened(browser):
+    """Open a page offline; whatever it says on the console, asks for or breaks fails the test."""
+    contexts, said = [], []
+
+    def open_page(path, width=1400, scheme="light", choices="", **device):
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True, **device
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: said.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: said.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}"))
+        page.on("request", lambda request: requests.append(request.url))
+        requests = []
+        page.goto(f"file://{path}{choices}")
+        page.wait_for_selector("#count:not(:empty)", state="attached")
+        asked = [url for url in requests if not url.startswith(("file://", "data:", "blob:"))]
+        assert asked == []
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert said == []
