@@ -261,3 +261,30 @@ def test_ray_takes_up_again_what_a_killed_worker_was_at(tmp_path, whole):
     assert table(out) == ["completed"] * 3
     assert "resumes after step" in (directory / "gnbench.log").read_text()
     assert metrics(tmp_path) == whole
+
+
+BATCHES = """
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+class Batches(BasicSweeper):
+    '''Chooses its cells as it goes, for all that gnbench knows; two at a time.'''
+"""
+
+
+def test_a_sweeper_that_chooses_as_it_goes_has_all_its_cells_in_the_account(tmp_path):
+    """The workers carry them out; the command knows them, what failed, and whom to tell to save."""
+    (tmp_path / "hydra_plugins").mkdir()
+    (tmp_path / "hydra_plugins" / "batches.py").write_text(BATCHES)
+    (tmp_path / "coming.py").write_text("def gone(root=None): raise OSError('they are gone')\n")
+    chosen = (
+        "hydra.sweeper._target_=hydra_plugins.batches.Batches",
+        "hydra.sweeper.max_batch_size=2",
+    )
+    cells = ("dataset._target_=tests.tiny.dataset,coming.gone", "norm=gn,bn", TWO["joblib"])
+    out, _ = Sweep(tmp_path, "joblib", *chosen, *cells, "epochs=2").end(1)
+    assert sorted(table(out)) == ["completed", "completed", "failed", "failed"]
+    long = Sweep(tmp_path, "joblib", *chosen, *LONG, "study=long", TWO["joblib"])
+    long.wait_for_workers(2, "metrics.csv")
+    long.process.send_signal(signal.SIGTERM)
+    out, _ = long.end(143)
+    assert table(out)[:2] == ["interrupted", "interrupted"]

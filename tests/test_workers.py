@@ -91,3 +91,26 @@ def test_a_network_of_ones_own_that_does_not_work_without_storage(tiny_config, m
 
     monkeypatch.setattr("gnbench.build.build_model", build)
     assert workers.needed_bytes(config) > workers.PROCESS_BYTES
+
+
+def test_the_limit_of_a_control_group_counts_what_it_has_taken(tmp_path, monkeypatch):
+    """4 GiB at most, 3 in use, of which 1 is of files and can be let go."""
+    for name, text in {
+        "memory.max": f"{4 * GIB}",
+        "memory.current": f"{3 * GIB}",
+        "memory.stat": f"anon 5\ninactive_file {GIB}\nactive_file 7",
+    }.items():
+        (tmp_path / name).write_text(text)
+    found = (str(tmp_path / "memory.max"), str(tmp_path / "memory.current"), "inactive_file")
+    monkeypatch.setattr(devices, "CONTROL_GROUPS", (found, ("none", "none", "none")))
+    assert devices.free_memory_bytes() <= 2 * GIB
+    (tmp_path / "memory.max").write_text("max")
+    assert devices.free_memory_bytes() > 0
+
+
+def test_on_a_gpu_only_what_is_in_this_machine_s_memory_counts(machine):
+    run = cells(1)[0]
+    large = run.with_(batch_size=48)
+    assert workers.needed_bytes(large, on_gpu=True) == workers.needed_bytes(run, on_gpu=True)
+    assert workers.needed_bytes(run, on_gpu=True) < workers.needed_bytes(run)
+    assert workers.needed_bytes(run) < workers.needed_bytes(large)

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from statistics import fmean
 from types import FrameType
@@ -25,11 +25,12 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
 from gnbench.config import RunConfig, run_id
-from gnbench.errors import ConfigError, DamagedError
+from gnbench.errors import ConfigError, DamagedError, one_line
 from gnbench.runs.directory import RunDirectory
 from gnbench.runs.lock import LOCK
 from gnbench.sweep.account import configs, failed, objective, planned
 from gnbench.sweep.estimate import Rate
+from gnbench.sweep.plan import Cell
 from gnbench.sweep.workers import at_a_time
 from gnbench.train import distributed
 
@@ -202,8 +203,13 @@ def _overseen(workers: int, measure: Measure | None) -> Iterator[None]:
 
     alone = distributed.world_size() == 1
     timed = measure if alone and all(config.estimate for config in configs) else None
-    overview = progress.overview(configs, workers, timed)
-    with progress.shown(overview, live=workers != 1 and shows_bars(configs[0])):
+    seen: AbstractContextManager[None] = nullcontext()
+    try:
+        overview = progress.overview(configs, workers, timed)
+        seen = progress.shown(overview, live=workers != 1 and shows_bars(configs[0]))
+    except Exception as error:  # of a network of one's own: the sweep goes on unseen
+        log.warning("how far the sweep is cannot be told: %s", one_line(error))
+    with seen:
         yield
 
 
@@ -238,9 +244,11 @@ def _side_by_side(launch: Launch) -> Launch:
     ) -> Sequence[JobReturn]:
         import joblib
 
-        chosen = launcher.joblib["n_jobs"]
-        runs = [] if chosen else configs or [_parsed(launcher, cell) for cell in job_overrides]
-        workers = chosen or min(at_a_time(runs), len(job_overrides))
+        chosen = launcher.joblib.get("n_jobs") or 0
+        runs = configs or _chosen_as_it_goes(launcher, job_overrides)
+        # As at the first launch of a sweep, if it has several: threads follow from it, and bits.
+        workers = chosen or getattr(launcher, "workers", 0) or at_a_time(runs)
+        launcher.workers = workers
         if workers < 0:  # joblib's -1: all cores, -2: all but one
             workers = max(1, joblib.cpu_count() + 1 + workers)
         if workers == 1:
@@ -267,6 +275,23 @@ def _side_by_side(launch: Launch) -> Launch:
             launcher.joblib["n_jobs"] = chosen  # a sweeper may launch again, more or fewer cells
 
     return launch_all
+
+
+def _chosen_as_it_goes(launcher: Any, job_overrides: Sequence[Sequence[str]]) -> list[RunConfig]:
+    """Return the cells of a sweeper that chooses them as it goes, of which the command then knows.
+
+    One that is faulty is left out: it fails as a job, which the sweeper may take.
+    """
+    from gnbench.train.devices import choose_device
+
+    runs = []
+    for overrides in job_overrides:
+        with suppress(Exception):
+            run = _parsed(launcher, overrides)
+            choose_device(run.device)
+            runs.append(run)
+    planned.extend(c for c in (Cell.of(r) for run in runs for r in run.runs()) if c not in planned)
+    return runs
 
 
 def _surviving(launch: Launch) -> Launch:

@@ -7,10 +7,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gnbench.config import RunConfig
 from gnbench.runs.directory import RunDirectory
@@ -175,7 +176,8 @@ def shown(sweep: Sweep, live: bool) -> Iterator[None]:
     thread = threading.Thread(target=_show, args=(sweep, live, over), daemon=True)
     thread.start()
     try:
-        yield
+        with logging_redirect_tqdm() if live else nullcontext():  # messages go above the line
+            yield
     finally:
         over.set()
         thread.join()
@@ -190,7 +192,9 @@ def _show(sweep: Sweep, live: bool, over: threading.Event) -> None:
         leave=False,
     )
     pause = SECONDS
-    while not over.wait(pause):
+    ended = False
+    while not ended:
+        ended = over.wait(pause)
         began = time.monotonic()
         news = sweep.look()
         if live:

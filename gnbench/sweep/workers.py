@@ -31,11 +31,12 @@ def at_a_time(runs: Sequence[RunConfig]) -> int:
 
     if distributed.world_size() > 1 or not Path("/proc/self/fd").exists():
         return 1
-    places = min(_gpus(runs) or joblib.cpu_count(), len(runs))
+    gpus = _gpus(runs)
+    places = max(1, min(gpus or joblib.cpu_count(), len(runs)))
     free = free_memory_bytes() if places > 1 else None
     if free is None:
         return places
-    needed = max(map(needed_bytes, _largest(runs)))
+    needed = max(needed_bytes(run, on_gpu=gpus > 0) for run in _largest(runs))
     room = max(1, free // needed)
     if room < places:
         log.warning(
@@ -48,11 +49,15 @@ def at_a_time(runs: Sequence[RunConfig]) -> int:
     return min(room, places)
 
 
-def needed_bytes(config: RunConfig) -> int:
-    """Estimate the memory of a process that trains ``config`` on a CPU."""
+def needed_bytes(config: RunConfig, on_gpu: bool = False) -> int:
+    """Estimate the memory of this machine that a process takes which trains ``config``.
+
+    On a CPU that of activations as well, of a step or of a test pass, whichever are more.
+    """
     import torch
 
     from gnbench.build import REFUSALS, build_model
+    from gnbench.train.batches import evaluation_chunk
 
     held: dict[int, torch.UntypedStorage] = {}
     own: set[int] = set()
@@ -65,6 +70,9 @@ def needed_bytes(config: RunConfig) -> int:
 
     data = config.dataset
     count = data.images + (data.validation_size or 0) + data.test_images
+    least = PROCESS_BYTES + COPIES_OF_DATA * count * math.prod(data.image)
+    if on_gpu:
+        return least
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         try:
             model = build_model(config).train()
@@ -74,12 +82,11 @@ def needed_bytes(config: RunConfig) -> int:
             weights = sum(p.numel() for p in model.parameters())
         except REFUSALS:  # a layer that does not work without storage: the rest has to do
             weights = 0
-    return (
-        PROCESS_BYTES
-        + COPIES_OF_DATA * count * math.prod(data.image)
-        + BYTES_A_WEIGHT * weights
-        + COPIES_OF_ACTIVATIONS * sum(storage.nbytes() for storage in held.values())
-    )
+    sizes = [storage.nbytes() for storage in held.values()] or [0]
+    chunk = min(evaluation_chunk(*data.image[1:]), data.test_images)
+    tested = max(sizes) // config.batch_size * chunk
+    activations = COPIES_OF_ACTIVATIONS * max(sum(sizes), tested)
+    return least + BYTES_A_WEIGHT * weights + activations
 
 
 def _gpus(runs: Sequence[RunConfig]) -> int:

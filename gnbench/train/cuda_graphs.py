@@ -142,11 +142,13 @@ def _undisturbed() -> Iterator[None]:
     gc.collect()
     collecting = gc.isenabled()
     gc.disable()
-    torch._C._cuda_clearCublasWorkspaces()
     try:
-        yield
-    finally:
         torch._C._cuda_clearCublasWorkspaces()
+        try:
+            yield
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
+    finally:
         if collecting:
             gc.enable()
 

@@ -10,7 +10,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -25,6 +25,15 @@ log = logging.getLogger(__name__)
 ALLOCATION_FAILURES = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
 TRIAL_SIZE = 256  # rows and columns of the matrices on which bf16 is tried
 HARDWARE_QUEUES = "32"  # the most there are; of the 8 by default replicas would share some
+# Of control groups, versions 2 and 1: the limit, what is in use, and of which what can be let go.
+CONTROL_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
 SLOWEST_BF16 = 4  # times as long as fp32; emulated by torch it takes some 90 times as long
 
 
@@ -122,7 +131,9 @@ def set_float32_products(precision: str) -> None:
     """
     # By torch's newer settings: the older ``allow_tf32`` warns on some releases.
     products = "tf32" if precision == "tf32" else "ieee"
+    # All of cuDNN's alike, or who reads the older setting gets an error.
     torch.backends.cudnn.conv.fp32_precision = products  # type: ignore[attr-defined]
+    torch.backends.cudnn.rnn.fp32_precision = products  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.fp32_precision = products
 
 
@@ -162,11 +173,12 @@ def free_memory_bytes() -> int | None:
     """
     kib = _field("/proc/meminfo", "MemAvailable")
     found = [] if kib is None else [1024 * int(kib.split()[0])]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            found.append(int(Path(path).read_text()))
-        except (OSError, ValueError):  # there is none, or it says "max"
-            continue
+    for limit, used, kept in CONTROL_GROUPS:
+        with suppress(OSError, ValueError):  # there is none, or it says "max"
+            most = int(Path(limit).read_text())
+            taken = int(Path(used).read_text())
+            reclaimable = int(_field(str(Path(used).with_name("memory.stat")), kept, " ") or 0)
+            found.append(max(0, most - taken + reclaimable))
     return min(found, default=None)
 
 
@@ -191,11 +203,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _field(path: str, name: str) -> str | None:
-    """Return what the first line ``name: …`` of a file of Linux's says."""
+def _field(path: str, name: str, mark: str = ":") -> str | None:
+    """Return what the first line ``name: …`` of a file of Linux's says; ``mark`` for the colon."""
     try:
         lines = Path(path).read_text().splitlines()
     except OSError:
         return None
-    pairs = (line.partition(":") for line in lines)
+    pairs = (line.partition(mark) for line in lines)
     return next((value.strip() for key, _, value in pairs if key.strip() == name), None)
