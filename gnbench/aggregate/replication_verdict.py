@@ -36,13 +36,18 @@ def recipe(study: Study, source: str) -> list[str]:
 
 
 def _differing(path: Path, norm: str, runs: pd.DataFrame) -> list[tuple[str, str, str]]:
-    words = [f"experiment=replicate/{path.stem}"]
-    words += [f"norm={norm}"] if (conf_dir() / "norm" / f"{norm}.yaml").is_file() else []
-    settings = all_settings(RunConfig.parse(composed(*words)).plain())
+    preset = f"experiment=replicate/{path.stem}"
+    options = str(composed(preset).hydra.sweeper.params.norm).split(",")
+    configs = [RunConfig.parse(composed(preset, f"norm={name}")) for name in options]
+    fitting = [config for config in configs if config.norm.name == norm] or configs
+    settings = all_settings(fitting[0].plain())
     meant = {name: as_text(value) for name, value in flattened(settings)}
     same = (runs["dataset"] == meant["dataset.name"]) & (runs["model"] == meant["model.name"])
     found = []
-    for name in sorted({*meant} & {*runs} - {*CELL, "seed", "norm.name"}):
+    names = {*meant} & {*runs} - {*CELL, "seed", "norm.name"}
+    if fitting is configs:  # a norm that the preset does not have
+        names = {name for name in names if not name.startswith("norm.")}
+    for name in sorted(names):
         if values := sorted({*runs.loc[same, name].map(as_text)} - {meant[name]}):
             found.append((name, ", ".join(values), meant[name]))
     return found
@@ -160,16 +165,15 @@ def _sentences(study: Study, networks: Sequence[Network], margin: float) -> list
         said.append("Single runs there are taken to spread as those here do.")
     said += _power(networks)
     said += {different_spreads(one.pooled) for one in networks if one.pooled} - {""}
-    if any(c.error is None for c in everything):
+    if unknown := [c for c in everything if c.error is None]:
         single = study.finished.groupby(CELL)["seed"].nunique().max() < 2
         why = (
             "single seeds have no spread; more would tell (seed=0,1,2)"
             if single
             else "no spread is known, runs diverged, or an error is 0 or 100 %"
         )
-        said.append(
-            f"Nothing can be said of {listed([c for c in everything if c.error is None])}: {why}."
-        )
+        of = "" if len(unknown) == len(everything) else f" of {listed(unknown)}"
+        said.append(f"Nothing can be said{of}: {why}.")
     verdict = overall(networks)
     lacking = sum(len(one.lacking) for one in networks)
     if lacking and verdict == UNDECIDED and all(c.word != UNDECIDED for c in everything):
