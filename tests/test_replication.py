@@ -153,6 +153,7 @@ def test_of_another_size_of_a_network_only_the_order_counts(tmp_path):
     assert words([one]) == {"bn < gn at 64": "replicated"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0.0, 1.0])
 def test_a_source_within_the_margin_is_seldom_called_wrong(shift):
     """Of drawn studies whose truth lies within the margin, or at it, at most 5 % are called so."""
@@ -160,6 +161,7 @@ def test_a_source_within_the_margin_is_seldom_called_wrong(shift):
     assert sum("not replicated" in words(one).values() for one in drawn) / 300 < 0.05 + ALLOWED
 
 
+@pytest.mark.slow
 def test_a_contrast_at_the_margin_is_seldom_called_replicated():
     """Two one-sided tests at 5 %."""
     drawn = [drawn_study(seed, 1.0) for seed in range(300)]

@@ -193,3 +193,13 @@ def test_a_long_sweep_says_first_what_it_takes(tmp_path, workers):
     assert ("0 of 2 cells done, 2 running, 0 failed, about" in err) == (workers == 2)
     assert ("step/s" in err) == (workers == 1)  # the bar of a run
     assert "Traceback" not in err
+
+
+def test_replicas_are_one_job_of_a_worker(runs):
+    """Three cells of four seeds on two workers take as long as two cells: eight seeds."""
+    cells = [runs[0].with_(seed=seed, replicas=4) for seed in (0, 4, 8)]
+    overview = progress.overview(cells, 2)
+    assert len(overview.cells) == 12
+    assert len(overview._left()) == 3
+    one = overview.work_left() / 12
+    assert estimate.makespan(overview._left(), 2) == pytest.approx(8 * one)

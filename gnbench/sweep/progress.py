@@ -6,8 +6,10 @@ import logging
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
@@ -40,6 +42,7 @@ class Sweep:
 
     ``costs`` are in seconds of a worker, by run id: ``timed``, or guessed and of use only beside
     each other. A result that was there before does not count for the cells that ``rerun`` names.
+    Cells of one of the ``jobs``, numbers by run id, go one after another in one worker.
     """
 
     def __init__(
@@ -49,12 +52,14 @@ class Sweep:
         workers: int,
         timed: bool,
         rerun: frozenset[str] = frozenset(),
+        jobs: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.cells = cells
         self._costs = costs
         self._workers = workers
         self._timed = timed
         self._rerun = rerun
+        self._jobs = jobs
         self._records = {cell: _written(cell) for cell in cells}  # before the sweep
         self.ended: dict[Cell, RunState] = {}
         self._steps: dict[Cell, float] = {}  # of the cells that have not, the share they have taken
@@ -118,7 +123,11 @@ class Sweep:
         return sum(self._left())
 
     def _left(self) -> list[float]:
-        return [self._costs[cell.run_id] * (1 - share) for cell, share in self._steps.items()]
+        left: Counter[int | str] = Counter()
+        for cell, share in self._steps.items():
+            job = self._jobs.get(cell.run_id, cell.run_id)
+            left[job] += self._costs[cell.run_id] * (1 - share)  # type: ignore[assignment]
+        return [*map(float, left.values())]
 
     def __str__(self) -> str:
         failures = self.failures
@@ -136,10 +145,13 @@ def overview(configs: Sequence[RunConfig], workers: int, measure: Measure | None
     cells = {Cell.of(run): config for config in configs for run in config.runs()}
     rerun = frozenset(cell.run_id for cell, config in cells.items() if config.rerun)
 
+    # Replicas are one job: on a CPU one seed after another.
+    jobs = {cell.run_id: id(config) for cell, config in cells.items()}
+
     def sweep(costs: Sequence[float], timed: bool) -> Sweep:
         by_config = dict(zip(map(id, configs), costs, strict=True))
         by_cell = {cell.run_id: by_config[id(config)] for cell, config in cells.items()}
-        return Sweep(list(cells), by_cell, workers, timed, rerun)
+        return Sweep(list(cells), by_cell, workers, timed, rerun, jobs)
 
     guess = sweep(estimate.costs(configs), timed=False)
     if measure is None or guess.work_left() < WORTH_TIMING:
