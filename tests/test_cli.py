@@ -77,8 +77,9 @@ def test_a_sweep_fills_one_study_and_repeating_it_trains_nothing(cli, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*-*/*.*")} == before
 
 
-def test_a_failing_cell_is_recorded_and_the_sweep_goes_on(cli, tmp_path):
-    """Found in training, not before: a network breaks on real images. Two cells at a time."""
+@pytest.mark.parametrize("cores", [{}, pytest.param(ALL_CORES, marks=pytest.mark.slow)])
+def test_a_failing_cell_is_recorded_and_the_sweep_goes_on(cli, tmp_path, cores):
+    """Found in training, not before: a network breaks on real images. One or two at a time."""
     (tmp_path / "breaking.py").write_text(
         "from gnbench.models import SimpleNetV2 as Good\n"
         "class Bad(Good):\n"
@@ -86,7 +87,7 @@ def test_a_failing_cell_is_recorded_and_the_sweep_goes_on(cli, tmp_path):
         "        if not x.is_meta: raise RuntimeError('the weights are gone')\n"
         "        return super().forward(x)\n"
     )
-    env = {"PYTHONIOENCODING": "ascii", **ALL_CORES}  # a console that has no –
+    env = {"PYTHONIOENCODING": "ascii", **cores}  # a console that has no –
     target = "model._target_=breaking.Bad"
     done = cli("-m", *tiny.OVERRIDES, f"{target},breaking.Good", env=env, check=1)
     assert sorted(statuses(tmp_path).values()) == ["completed", "failed"]

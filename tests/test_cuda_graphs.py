@@ -139,6 +139,7 @@ def test_workspaces_are_the_graph_s_own(cuda):
     assert cuda.faults == []
 
 
+@pytest.mark.slow
 def test_replicas_leave_and_the_others_train_and_evaluate_on(cuda):
     """No graph dies while another one of its stream is still replayed."""
     settings = {"norm": "gn", **SHORT, "epochs": 4}
@@ -152,6 +153,7 @@ def test_replicas_leave_and_the_others_train_and_evaluate_on(cuda):
     assert cuda.faults == []
 
 
+@pytest.mark.slow
 def test_a_branch_that_cannot_be_captured_costs_the_others_nothing(cuda):
     settings = {"norm": "gn", **SHORT}
     expected = [rows(one) for one in three(**settings)]

@@ -308,6 +308,7 @@ ACCEPTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("typed", ACCEPTED)
 def test_a_setting_of_several_norms_goes_to_each(call, typed):
     code, _, err, report, _ = call("gnbench", typed.split(" "))

@@ -77,7 +77,13 @@ def cost(launched):
     return len(launched.kernels) + len(launched.conversions)
 
 
-@pytest.mark.parametrize("norm", BUDGET)
+@pytest.mark.parametrize(
+    "norm",
+    [
+        norm if norm in ("bn", "gn") else pytest.param(norm, marks=pytest.mark.slow)
+        for norm in BUDGET
+    ],
+)
 def test_a_step_keeps_to_its_budget_of_kernels(launches, norm):
     chunks = ["norm.images=8"] if norm in ("bgn", "ghost_bn") else []  # two of a batch
     _, found = launches(f"norm={norm}", *chunks)
@@ -85,7 +91,7 @@ def test_a_step_keeps_to_its_budget_of_kernels(launches, norm):
     assert found.elsewhere == []
 
 
-@pytest.mark.parametrize("norm", ["bgn", "bn", "gn"])
+@pytest.mark.parametrize("norm", [pytest.param("bgn", marks=pytest.mark.slow), "bn", "gn"])
 def test_images_and_weights_lie_as_the_norm_needs_them(launches, monkeypatch, norm):
     """Channels last costs the head two kernels a step."""
     training, chosen = launches(f"norm={norm}")
@@ -97,6 +103,7 @@ def test_images_and_weights_lie_as_the_norm_needs_them(launches, monkeypatch, no
     assert cost(chosen) <= cost(found) + STEPS * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=" ".join)
 def test_nothing_recorded_copies_between_devices(launches, recipe):
     training, found = launches(*recipe)

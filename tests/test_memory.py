@@ -82,6 +82,7 @@ def settings(outputs, **more):
     return MemoryConfig.parse(given | more)
 
 
+@pytest.mark.slow
 def test_the_command_names_the_largest_batch_that_fits(tmp_path, capsys):
     table = memory(settings(tmp_path / "memory", gibibytes=0.0625))
     said = capsys.readouterr().out

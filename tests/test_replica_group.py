@@ -275,6 +275,7 @@ def test_a_signal_before_the_first_step_begins_no_other(tiny_config, recorder, m
     assert begun == [3]
 
 
+@pytest.mark.slow
 def test_those_behind_catch_up_and_go_on_in_step(tiny_config, recorder, alone, monkeypatch):
     """One is complete, one was interrupted at step 18, one has not begun."""
     configs = tiny_config(*REPLICAS, "epochs=4").runs()
@@ -340,6 +341,7 @@ def test_a_signal_is_heeded_while_a_later_one_waits(tiny_config, monkeypatch):
         next(outcomes)
 
 
+@pytest.mark.slow
 def test_what_draws_random_numbers_goes_one_by_one(tiny_config, recorder, alone, caplog):
     caplog.set_level(logging.INFO)
     configs = tiny_config(*REPLICAS, "model.dropout=0.2").runs()

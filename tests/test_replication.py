@@ -278,7 +278,11 @@ def test_settings_that_differ_from_the_preset_are_named(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("shift", "word"), [(0, "replicated"), (9, "not replicated")])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shift", "word"),
+    [(0, "replicated"), pytest.param(9, "not replicated", marks=pytest.mark.slow)],
+)
 def test_the_command_says_it_and_writes_it(tmp_path, capsys, shift, word):
     table = published("deuscher2021")
     for _, row in table[table["model"] == "simplenetv2"].iterrows():

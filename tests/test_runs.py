@@ -352,6 +352,7 @@ def test_a_directory_of_another_run_is_refused(tiny_config):
     assert {p.name: p.read_bytes() for p in other.run_dir.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_checkpoints_take_a_hundredth_of_the_time_at_most(tiny_config, monkeypatch):
     """On a clock that tells 2 s for every checkpoint and 1 s for every step."""
     clock = [0.0]
@@ -512,6 +513,7 @@ def test_a_validation_has_columns_of_its_own(tiny_config, monkeypatch):
     assert config.run_id != tiny_config("epochs=7").run_id
 
 
+@pytest.mark.slow
 def test_evaluating_seldom_changes_nothing_else(tiny_config):
     """Of twelve epochs the fourth, and the last five; the same weights and the same run."""
     often = tiny_config("epochs=12")

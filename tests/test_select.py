@@ -91,6 +91,7 @@ def test_what_cannot_be_chosen_is_one_line(table, names, words):
         select_on_validation(table, names)
 
 
+@pytest.mark.slow
 def test_a_study_is_drawn_by_what_was_chosen(tiny_config, tmp_path, capsys):
     from gnbench.runs.runner import run
 
