@@ -111,6 +111,7 @@ def test_a_home_directory_is_no_folder_of_its_name(cli, tmp_path):
     assert done.stdout.count(f"{tmp_path}/home/runs/default/tiny-") == 2
 
 
+@pytest.mark.slow
 def test_the_console_script_finds_parts_in_the_working_directory(tmp_path):
     script = shutil.which("gnbench", path=f"{Path(sys.executable).parent}")
     if script is None:

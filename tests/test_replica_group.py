@@ -223,6 +223,7 @@ def test_replicas_are_replayed_together_and_each_has_its_directory(tiny_config, 
     assert recorder.replays.total() == before
 
 
+@pytest.mark.slow
 def test_a_signal_has_all_of_them_save_and_end(tiny_config, recorder, alone, monkeypatch):
     configs = tiny_config(*REPLICAS).runs()
     stop_at(18, configs, monkeypatch)
@@ -239,7 +240,13 @@ def fail():
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-@pytest.mark.parametrize("events", [(terminate, terminate), (fail,)], ids=["signals", "fault"])
+@pytest.mark.parametrize(
+    "events",
+    [
+        pytest.param((terminate, terminate), id="signals", marks=pytest.mark.slow),
+        pytest.param((fail,), id="fault"),
+    ],
+)
 def test_none_goes_on_from_steps_cut_short(tiny_config, recorder, alone, monkeypatch, events):
     """By a second signal, which does not wait for the end of a step, or a fault of the device."""
 
@@ -292,7 +299,7 @@ def test_those_behind_catch_up_and_go_on_in_step(tiny_config, recorder, alone, m
     assert recorder.replays[2] >= 5
 
 
-@pytest.mark.parametrize("step", [0, 14])
+@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 14])
 def test_one_that_fails_does_not_stop_the_others(tiny_config, recorder, alone, monkeypatch, step):
     def failing(engine, at):
         if at == step and engines in ([], [engine]):
@@ -351,7 +358,9 @@ def test_what_draws_random_numbers_goes_one_by_one(tiny_config, recorder, alone,
     assert found(configs) == alone(configs)
 
 
-@pytest.mark.parametrize("full", ["build_training", "load_state_dict"])
+@pytest.mark.parametrize(
+    "full", [pytest.param("build_training", marks=pytest.mark.slow), "load_state_dict"]
+)
 def test_one_without_room_beside_the_others_comes_after_them(
     tiny_config, recorder, alone, monkeypatch, full
 ):
@@ -376,6 +385,7 @@ def test_one_without_room_beside_the_others_comes_after_them(
     assert found(configs) == alone(configs)
 
 
+@pytest.mark.slow
 def test_more_than_a_graph_has_branches_go_in_groups(tiny_config, recorder, monkeypatch):
     monkeypatch.setattr(runner, "MOST_REPLICAS", 2)
     numbers = [number for number, _ in run_all(tiny_config(*REPLICAS).runs())]

@@ -269,9 +269,14 @@ DAMAGE = {
     "model": "does not fit the run",
     "optimizer": "does not fit the run",
 }
+FAST_DAMAGE = [*{text: damage for damage, text in DAMAGE.items()}.values()]
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    "damage",
+    # One of each message is fast.
+    [one if one in FAST_DAMAGE else pytest.param(one, marks=pytest.mark.slow) for one in DAMAGE],
+)
 def test_a_checkpoint_that_cannot_be_used_is_said_set_aside_and_not_used(
     tiny_config, damage, caplog, monkeypatch, tmp_path
 ):

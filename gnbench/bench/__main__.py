@@ -153,7 +153,7 @@ def measure(
     Raises:
         CandidateError: if a plain loop fails, or anyone once all have been built.
     """
-    from gnbench.bench import worker
+    from gnbench.bench import limit, worker
     from gnbench.build import draws_random_numbers
 
     team: dict[Candidate, worker.Processes] = {}
@@ -176,36 +176,10 @@ def measure(
                 say(f"warming up with {candidate}")
                 team[candidate].call(worker.warm_up, config.warmup_steps, state)
         players: dict[Any, Callable[[float], float]] = {key: team[key].turn for key in team}
-        players |= hardware(run, list({key.precision: key for key in team}))
+        players |= limit.hardware(run, list({key.precision: key for key in team}))
         rates = take_turns(players, config.rounds, config.seconds, say)
         facts = {key: team[key].call(worker.facts)[0] for key in team}
     return facts, rates, failures
-
-
-def hardware(run: RunConfig, precisions: Sequence[str]) -> dict[str, Callable[[float], float]]:
-    """Return the turns of what the limit is measured by; TF32 is no type, but a setting of torch's.
-
-    As `gnbench.bench.limit.hardware`, which knows types alone.
-    """
-    import torch
-
-    from gnbench.bench import limit
-    from gnbench.train.devices import choose_device, set_float32_products
-
-    players = limit.hardware(run, [name for name in precisions if name != "tf32"])
-    if "tf32" in precisions:
-        device = choose_device(run.device)
-        product = limit.matmul(torch.float32, device)
-
-        def turn(seconds: float) -> float:
-            set_float32_products("tf32")
-            try:
-                return limit.rate(product, device, seconds)
-            finally:
-                set_float32_products("fp32")
-
-        players["tf32"] = turn
-    return players
 
 
 def bench(config: BenchConfig, command: str, folders: Sequence[str] = ()) -> bool:

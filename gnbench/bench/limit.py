@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gnbench.build import build_model
 from gnbench.config import RunConfig
 from gnbench.train.cuda_graphs import CudaGraphs, recorder
-from gnbench.train.devices import choose_device
+from gnbench.train.devices import choose_device, set_float32_products
 
 MATMUL_SIZE = 2048  # rows and columns of the matrices by whose product the hardware is measured
 MATMUL_FLOPS = 2 * MATMUL_SIZE**3
@@ -23,7 +23,6 @@ LINKS = 1000  # kernels of a chain
 ADAM_MOVES, GRADIENT_MOVES = 7, 1
 LINEAR_MOVES = 2  # the weights of linear layers, forwards and backwards: no cache holds them
 COPIED = 3  # numbers for a parameter in the copy by which the memory is measured, each moved twice
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COPY, CHAIN = "copy", "chain"  # names of rates; those of matrix products are the precisions
 
 Work = Callable[[], object]
@@ -32,7 +31,7 @@ Work = Callable[[], object]
 def hardware(config: RunConfig, precisions: Sequence[str]) -> dict[str, Callable[[float], float]]:
     """Return the turns of what the limit is measured by, by the names of their rates."""
     device = choose_device(config.device)
-    works = {precision: matmul(DTYPES[precision], device) for precision in precisions}
+    works = {precision: matmul(precision, device) for precision in precisions}
     works[COPY] = copying(config, device)
     if graphs := recorder(device):
         works[CHAIN] = chain(graphs, device)
@@ -58,11 +57,17 @@ def rate(work: Work, device: torch.device, seconds: float) -> float:
     return done / elapsed
 
 
-def matmul(dtype: torch.dtype, device: torch.device) -> Work:
+def matmul(precision: str, device: torch.device) -> Work:
     """Return a product of square matrices: `MATMUL_FLOPS`."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     shape = (MATMUL_SIZE, MATMUL_SIZE)
     left, right, product = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
-    return lambda: torch.mm(left, right, out=product)
+
+    def work() -> None:
+        set_float32_products(precision)  # of this process, which measures the others as well
+        torch.mm(left, right, out=product)
+
+    return work
 
 
 def copying(config: RunConfig, device: torch.device) -> Work:

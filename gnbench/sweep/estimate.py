@@ -31,6 +31,9 @@ class Rate:
     image: float
 
 
+Measure = Callable[[list[RunConfig]], Sequence[Rate]]
+
+
 def cost(config: RunConfig, rate: Rate) -> float:
     """Return the seconds that a worker takes for a run, by the ``rate`` of its steps."""
     from gnbench.build import drops_last, training_length
@@ -104,7 +107,7 @@ def timed(config: RunConfig) -> Rate:
 
 def costs(
     configs: Sequence[RunConfig],
-    measure: Callable[[list[RunConfig]], Sequence[Rate]] | None = None,
+    measure: Measure | None = None,
 ) -> list[float]:
     """Return the seconds that a worker takes for each run, guessed.
 

@@ -29,7 +29,7 @@ from gnbench.errors import ConfigError, DamagedError, one_line
 from gnbench.runs.directory import RunDirectory
 from gnbench.runs.lock import LOCK
 from gnbench.sweep.account import configs, failed, objective, planned
-from gnbench.sweep.estimate import Rate
+from gnbench.sweep.estimate import Measure, Rate
 from gnbench.sweep.plan import Cell
 from gnbench.sweep.workers import at_a_time
 from gnbench.train import distributed
@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 
 # launcher, overrides of each cell, initial_job_idx -> what each cell returned
 Launch = Callable[..., Sequence[JobReturn]]
-Measure = Callable[[Sequence[RunConfig]], list[Rate]]
 
 EXTRAS = {
     "hydra_plugins.hydra_joblib_launcher": "joblib",

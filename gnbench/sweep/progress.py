@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from types import MappingProxyType
 from typing import Any
@@ -20,14 +20,12 @@ from gnbench.runs.directory import RunDirectory
 from gnbench.runs.lock import read_heartbeat
 from gnbench.runs.progress import duration
 from gnbench.sweep import estimate
-from gnbench.sweep.estimate import Rate, makespan
+from gnbench.sweep.estimate import Measure, makespan
 from gnbench.sweep.plan import Cell
 from gnbench.sweep.state import MISSING, RunState, run_state
 from gnbench.train.devices import choose_device
 
 log = logging.getLogger(__name__)
-
-Measure = Callable[[list[RunConfig]], Sequence[Rate]]
 
 SECONDS = 1.0  # between two looks at the cells
 SHARE = 0.02  # of the time may go into them
