@@ -445,6 +445,16 @@ def all_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _with_later(key, value) for key, value in identity(config).items()}
 
 
+def by_dotted_name(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return settings by names like ``optimizer.lr``."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = prefix + key
+        inner = isinstance(value, Mapping)
+        found |= by_dotted_name(value, f"{name}.") if inner else {name: value}
+    return found
+
+
 def _later(group: str, settings: Any) -> dict[str, Any]:
     target = settings.get("_target_") if isinstance(settings, Mapping) else None
     return LATER.get(group, {}) | (LATER.get(str(target), {}) if group in COMPONENTS else {})

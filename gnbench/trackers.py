@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 from gnbench import files
-from gnbench.config import TrackerConfig
+from gnbench.config import TrackerConfig, by_dotted_name
 
 LONGEST, MOST = 6000, 100  # MLflow: characters of a parameter, parameters of a call
 FINISH_SECONDS = 60.0  # that W&B may take to upload what is left at the end of a run
@@ -252,15 +252,12 @@ class Guard:
             return None
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings by their dotted names, a list as JSON."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = json.dumps(value) if isinstance(value, list) else value
-    return found
+    return {
+        name: json.dumps(value) if isinstance(value, list) else value
+        for name, value in by_dotted_name(settings).items()
+    }
 
 
 def _measured(row: Row) -> dict[str, float]:

@@ -104,6 +104,12 @@ def test_a_rehearsal_of_the_benchmark_goes_on_with_the_case_that_is_left(tmp_pat
     written = table.stat().st_mtime_ns
     assert called(tmp_path, *chosen).returncode == DONE
     assert table.stat().st_mtime_ns == written
+    finished = table.with_name("done.json")
+    asked = finished.read_text()
+    finished.write_text(asked.replace('"device": "', '"device": "another '))
+    assert called(tmp_path, *chosen).returncode == DONE
+    assert table.stat().st_mtime_ns > written  # what another device took says nothing of this one
+    assert finished.read_text() == asked
 
 
 @pytest.mark.slow

@@ -336,6 +336,39 @@ def test_a_checkpoint_of_another_commit_is_used_and_that_is_said(tiny_config, mo
     assert "resumes after step 7" in caplog.text
 
 
+def test_a_checkpoint_of_other_threads_is_used_and_that_is_said(tiny_config, monkeypatch, caplog):
+    config = tiny_config()
+    path = checkpoint_of(config, monkeypatch)
+    state = torch.load(path, weights_only=True)
+    here = of(config).record()["device"]
+    assert state["device"] == here
+    torch.save({**state, "device": here.replace(" threads", "77 threads")}, path)
+    caplog.set_level("INFO")
+    run(config)
+    assert f"77 threads), this is {here}: it is used all the same" in caplog.text
+    assert "resumes after step 7" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "said"),
+    [
+        ("cuda:1 (NVIDIA H100)", "cuda:0 (NVIDIA H100)", False),
+        ("cuda:0 (NVIDIA H200)", "cuda:0 (NVIDIA H100)", True),
+        (None, "cuda:0 (NVIDIA H100)", False),  # of a version that did not write it
+    ],
+)
+def test_which_of_several_equal_gpus_it_was_makes_no_difference(
+    tiny_config, monkeypatch, caplog, there, here, said
+):
+    config = tiny_config()
+    path = checkpoint_of(config, monkeypatch)
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "device": there}, path)
+    monkeypatch.setattr("gnbench.train.devices.describe_device", lambda _: here)
+    run(config)
+    assert ("it is used all the same" in caplog.text) is said
+
+
 def test_files_set_aside_are_all_kept(tiny_config):
     config = tiny_config("epochs=1")
     for text in ("first", "second"):

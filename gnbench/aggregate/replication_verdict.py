@@ -41,7 +41,7 @@ def _differing(path: Path, norm: str, runs: pd.DataFrame) -> list[tuple[str, str
     configs = [RunConfig.parse(composed(preset, f"norm={name}")) for name in options]
     fitting = [config for config in configs if config.norm.name == norm] or configs
     settings = all_settings(fitting[0].plain())
-    meant = {name: as_text(value) for name, value in flattened(settings)}
+    meant = {name: as_text(value) for name, value in flattened(settings).items()}
     same = (runs["dataset"] == meant["dataset.name"]) & (runs["model"] == meant["model.name"])
     found = []
     names = {*meant} & {*runs} - {*CELL, "seed", "norm.name"}

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from gnbench import config, zipped
-from gnbench.config import all_settings, run_id
+from gnbench.config import all_settings, by_dotted_name, run_id
 from gnbench.errors import ConfigError, DamagedError
 from gnbench.runs.directory import FINISHED, read_record
 from gnbench.sweep.plan import find_studies, read_plans
@@ -175,7 +175,7 @@ def all_published() -> pd.DataFrame:
 
 def of_their_size(published: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """Leave out what was ``published`` of networks that ``runs`` have in another size."""
-    sizes = dict(flattened({"model": config.LATER["gnbench.models.SimpleNetV2"]}))
+    sizes = flattened({"model": config.LATER["gnbench.models.SimpleNetV2"]})
     others = {
         model
         for model, own in runs.groupby("model")
@@ -220,24 +220,22 @@ def _row(study: str, run_dir: Path) -> dict[str, Any]:
         if value is not None and not int(name == "batch_size") <= value <= most:  # or it is NaN
             raise ValueError(f"{name} is not from {int(name == 'batch_size')} to {most}")
     row |= {name: str(row[name]) for name in TEXTS if row[name] is not None}
-    for name, value in flattened(settings):
+    for name, value in flattened(settings).items():
         if isinstance(value, int) and abs(value) > config.LARGEST:
             raise ValueError(f"{name} is too large a number")
         row.setdefault(name, value)
     return row
 
 
-def flattened(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flattened(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings by their dotted names; a list as JSON, a component's name as text."""
-    pairs: list[tuple[str, Any]] = []
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            pairs += flattened(value, f"{prefix}{key}.")
-        elif prefix and key == "name":  # YAML had taken on, 1e3 or null for something else
-            pairs.append((f"{prefix}name", str(value)))
-        else:
-            pairs.append((prefix + key, json.dumps(value) if isinstance(value, list) else value))
-    return pairs
+    found = by_dotted_name(settings)
+    for name, value in found.items():
+        if isinstance(value, list):
+            found[name] = json.dumps(value)
+        elif name.endswith(".name"):  # YAML had taken on, 1e3 or null for something else
+            found[name] = str(value)
+    return found
 
 
 def _drop_duplicates(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:

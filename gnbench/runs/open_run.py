@@ -191,7 +191,7 @@ class OpenRun:
     def _prepared(self, processes: ProcessGroup, said: logging.Logger) -> Training:
         """Build the training, where its checkpoint says it was."""
         self._shared.load()
-        state = _checkpoint(self._config, self._directory)
+        state = _checkpoint(self._config, self._directory, self._shared.device)
         processes.begin_training(state)
         training = restored(self._config, self._shared, state)
         if training is None:
@@ -250,6 +250,7 @@ class OpenRun:
                 "format": CHECKPOINT_FORMAT,
                 "identity": self._config.digest,
                 "versions": runs.versions(),
+                "device": devices.describe_device(self._shared.device),
                 "seconds": self._seconds(),
                 "rows": self._rows,
                 "as_published": self._as_published,
@@ -306,7 +307,9 @@ def restored(config: RunConfig, shared: Shared, state: Mapping[str, Any] | None)
         return None
 
 
-def _checkpoint(config: RunConfig, directory: RunDirectory) -> dict[str, Any] | None:
+def _checkpoint(
+    config: RunConfig, directory: RunDirectory, device: torch.device
+) -> dict[str, Any] | None:
     """Return the checkpoint to continue from, if there is one that can be used."""
     path = directory.checkpoint_path
     try:
@@ -330,6 +333,15 @@ def _checkpoint(config: RunConfig, directory: RunDirectory) -> dict[str, Any] | 
                 path,
                 then["gnbench"],
                 now["gnbench"],
+            )
+        here, there = devices.describe_device(device), str(state.get("device") or "")
+        if there and there.partition(" ")[2] != here.partition(" ")[2]:  # "cuda:0 (its name)"
+            log.warning(
+                "%s was written on %s, this is %s: it is used all the same, but the bits of the "
+                "result are not those of one device",
+                path,
+                there,
+                here,
             )
         return state
     except DamagedError as error:

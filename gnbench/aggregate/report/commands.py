@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from gnbench.composition import composed
-from gnbench.config import GROUPS, RunConfig, all_settings, conf_dir, identity, run_id
+from gnbench.config import (
+    GROUPS,
+    RunConfig,
+    all_settings,
+    by_dotted_name,
+    conf_dir,
+    identity,
+    run_id,
+)
 from gnbench.errors import ConfigError, DamagedError
 from gnbench.runs.directory import read_record
 
@@ -73,10 +81,10 @@ def overrides(config: Mapping[str, Any]) -> list[str]:
     try:
         if repeats(config, words):
             return words
-        base = _flat(_settings(*words))
+        base = by_dotted_name(_settings(*words))
     except ConfigError:
         return words
-    for key, value in _flat(all_settings(config)).items():
+    for key, value in by_dotted_name(all_settings(config)).items():
         if key not in CELL and base.get(key, ...) != value:
             words.append(f"{'' if key in base else '+'}{key}={_text(value)}")
     return words
@@ -112,15 +120,6 @@ def _words(sweep: Sweep) -> list[str]:
     several = any(len(values) > 1 for values in sweep.values())
     words = [f"{name}={','.join(values)}" for name, values in sweep.items()]
     return ["gnbench", *["-m"] * several, *words]
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return settings by their dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        inner = isinstance(value, Mapping)
-        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return flat
 
 
 def _text(value: Any) -> str:
