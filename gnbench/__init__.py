@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from gnbench.config import RunConfig, run_id
+from gnbench.config import RunConfig
 from gnbench.errors import ConfigError
+from gnbench.identity import run_id
 
 _LAZY = {
     "compose": "gnbench.check",

@@ -16,9 +16,10 @@ import hydra
 from omegaconf import DictConfig
 
 from gnbench import cli, files, zipped
-from gnbench.config import LATER_IN_EXECUTION, Folder, Settings, all_settings, conf_dir, run_id
+from gnbench.config import Folder, Settings, conf_dir
 from gnbench.config import Study as StudyName
 from gnbench.errors import ConfigError
+from gnbench.identity import LATER_IN_EXECUTION, all_settings, run_id
 from gnbench.runs.directory import read_record
 from gnbench.runs.lock import read_heartbeat
 from gnbench.sweep.plan import find_studies, plan_of, read_plans

@@ -21,8 +21,9 @@ from torch import nn
 
 from gnbench.build import base_lr, build_optimizer, build_schedule, drops_last, training_length
 from gnbench.composition import composed
-from gnbench.config import COMPONENTS, DatasetConfig, RunConfig
+from gnbench.config import DatasetConfig, RunConfig
 from gnbench.errors import ConfigError, one_line
+from gnbench.identity import COMPONENTS
 from gnbench.train import distributed
 from gnbench.train.devices import choose_device, free_memory_bytes, has_native_bf16, has_tf32
 from gnbench.train.loop import steps_per_epoch

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import os
 import pkgutil
 import warnings
@@ -25,30 +23,10 @@ from pydantic import (
     model_validator,
 )
 
+from gnbench import identity
 from gnbench.errors import ConfigError, one_line
+from gnbench.identity import COMPONENTS, LATER_IN_EXECUTION, with_later
 
-GROUPS = ("model", "norm", "dataset", "optimizer", "schedule", "batch")
-COMPONENTS = ("model", "norm", "dataset", "optimizer", "schedule", "tracker")
-# The settings that make a run the run it is. Everything else says how it is executed.
-IDENTITY = (*GROUPS, "batch_size", "epochs", "precision", "seed")
-# Settings that came after runs had been trained, with the value that means what was done before: at
-# that value they are no part of the identity, so that those runs keep their names.
-LATER: dict[str, dict[str, Any]] = {  # by the component's _target_ or by the group
-    "gnbench.models.SimpleNetV2": {"channels": [32, 64, 128], "hidden": 1024},
-    "norm": {"standardize_weights": False},
-    "gnbench.norms.group_norm": {"at_most": 32},
-    "gnbench.norms.ReferenceGroupNorm": {"at_most": 32},
-    "batch": {"accumulate": 1, "decay_rule": "none"},
-    "dataset": {"validation_size": None, "order": "shuffled", "block": None},
-}
-LATER_IN_EXECUTION = {  # of the settings that are no part of the identity
-    "evaluate_every": 1,
-    "as_published": False,
-    "estimate": True,
-    "tracker": {"name": "none", "_target_": "gnbench.trackers.Tracker"},
-}
-# Of a dataset: where it lies, and how it is looked at.
-NOT_IDENTITY = ("root", "cache", "unreadable", "_describe_")
 FOUND = ("classes", "train_images", "test_images", "content")  # of a dataset, by its `describe`
 LARGEST = 2**63 - 1  # of the integers that torch takes
 MOST_REPLICAS = 1000
@@ -380,7 +358,7 @@ class RunConfig(Settings):
         """Add what a record, or a file of one's own, is too old to name."""
         if not isinstance(config, Mapping):
             return config
-        settings = {key: _with_later(key, value) for key, value in config.items()}
+        settings = {key: with_later(key, value) for key, value in config.items()}
         return LATER_IN_EXECUTION | settings
 
     @property
@@ -391,17 +369,17 @@ class RunConfig(Settings):
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """The settings that make the run the run it is, as plain values."""
-        return identity(self.plain())
+        return identity.identity(self.plain())
 
     @functools.cached_property
     def digest(self) -> str:
         """The SHA-256 of the identity, in hexadecimal."""
-        return _digest(self.identity)
+        return identity.digest(self.identity)
 
     @functools.cached_property
     def run_id(self) -> str:
         """The name of the run; see the function `run_id`."""
-        return _run_id(self.identity, self.digest)
+        return identity.run_id(self)
 
     @property
     def run_dir(self) -> Path:
@@ -423,58 +401,6 @@ class RunConfig(Settings):
         return hash(self.digest)
 
 
-def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that make a run the run it is, of the ``config`` of a ``run.json``."""
-    settings = {key: _whole(config[key]) for key in IDENTITY}
-    if config.get("processes", 1) > 1:  # a run on one has the name it had before there were several
-        settings["processes"] = int(config["processes"])
-    for key in NOT_IDENTITY:
-        settings["dataset"].pop(key, None)
-    for group in GROUPS:
-        later = _later(group, settings[group])
-        settings[group] = {
-            key: value
-            for key, value in settings[group].items()
-            if key not in later or value != later[key]
-        }
-    return settings
-
-
-def all_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the identity of a run, also of an older one, with the settings that came later."""
-    return {key: _with_later(key, value) for key, value in identity(config).items()}
-
-
-def by_dotted_name(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return settings by names like ``optimizer.lr``."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = prefix + key
-        inner = isinstance(value, Mapping)
-        found |= by_dotted_name(value, f"{name}.") if inner else {name: value}
-    return found
-
-
-def _later(group: str, settings: Any) -> dict[str, Any]:
-    target = settings.get("_target_") if isinstance(settings, Mapping) else None
-    return LATER.get(group, {}) | (LATER.get(str(target), {}) if group in COMPONENTS else {})
-
-
-def _with_later(group: str, settings: Any) -> Any:
-    if not isinstance(settings, Mapping):
-        return settings
-    return {**settings, **{k: v for k, v in _later(group, settings).items() if k not in settings}}
-
-
-def run_id(config: Mapping[str, Any] | RunConfig) -> str:
-    """Name a run: ``<dataset>-<model>-<norm>-bs<N>-seed<S>-<8 hex digits of its identity>``.
-
-    ``config`` is a run's configuration or the ``config`` of its ``run.json``.
-    """
-    settings = config.identity if isinstance(config, RunConfig) else identity(config)
-    return _run_id(settings, _digest(settings))
-
-
 def conf_dir() -> Path:
     """Return the folder of the YAML files: in the package in a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parent
@@ -485,33 +411,6 @@ def conf_dir() -> Path:
 def options(group: str) -> str:
     """List what ``conf/<group>`` offers, for a message."""
     return ", ".join(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")))
-
-
-def _digest(settings: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def _run_id(settings: Mapping[str, Any], digest: str) -> str:
-    parts = (
-        settings["dataset"]["name"],
-        settings["model"]["name"],
-        settings["norm"]["name"],
-        f"bs{settings['batch_size']}",
-        f"seed{settings['seed']}",
-        digest[:8],
-    )
-    return "-".join(map(str, parts))
-
-
-def _whole(value: Any) -> Any:
-    """Make ``1.0`` and ``1`` the same setting."""
-    if isinstance(value, Mapping):
-        return {str(key): _whole(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_whole(inner) for inner in value]
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
 
 
 def _resolved(config: DictConfig) -> dict[str, Any]:

@@ -19,7 +19,8 @@ import torch
 from filelock import FileLock
 
 from gnbench import files
-from gnbench.config import TrackerConfig, by_dotted_name
+from gnbench.config import TrackerConfig
+from gnbench.identity import by_dotted_name
 
 LONGEST, MOST = 6000, 100  # MLflow: characters of a parameter, parameters of a call
 FINISH_SECONDS = 60.0  # that W&B may take to upload what is left at the end of a run

@@ -7,7 +7,8 @@ import json
 from omegaconf import OmegaConf
 
 from gnbench.composition import composed
-from gnbench.config import RunConfig, conf_dir, run_id
+from gnbench.config import RunConfig, conf_dir
+from gnbench.identity import run_id
 from gnbench.report import ReportConfig, report
 from gnbench.runs.directory import METRICS, RunDirectory
 

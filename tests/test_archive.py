@@ -16,7 +16,7 @@ from gnbench.aggregate.__main__ import write_studies
 from gnbench.aggregate.statistics import summarize
 from gnbench.aggregate.study import read_metrics, read_study, short_metrics
 from gnbench.archive import ArchiveConfig, archive, neutral
-from gnbench.config import run_id
+from gnbench.identity import run_id
 from gnbench.runs.directory import read_correct
 from gnbench.sweep.plan import find_studies, known_cells, plan_of
 from tests.conftest import ROOT

@@ -19,7 +19,8 @@ import gnbench
 from gnbench import ConfigError, check
 from gnbench.build import build_model
 from gnbench.check import compose, composed
-from gnbench.config import RunConfig, conf_dir, identity, run_id
+from gnbench.config import RunConfig, conf_dir
+from gnbench.identity import identity, run_id
 from gnbench.norms import ReferenceGroupNorm
 from tests import pictures
 

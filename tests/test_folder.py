@@ -511,7 +511,7 @@ def test_a_record_tells_the_run_without_its_pictures(tmp_path):
         datasets.load(run.dataset)
     shutil.rmtree(root)
     again = RunConfig.parse(stored)
-    assert again.run_id == gnbench.config.run_id(stored) == run.run_id
+    assert again.run_id == gnbench.run_id(stored) == run.run_id
     assert again == run == run.with_(seed=0)
 
 

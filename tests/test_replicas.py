@@ -6,8 +6,8 @@ import signal
 import pytest
 
 from gnbench.check import compose
-from gnbench.config import run_id
 from gnbench.errors import ConfigError
+from gnbench.identity import run_id
 from gnbench.runs.directory import RunDirectory, read_record
 from gnbench.runs.runner import run
 from tests import tiny

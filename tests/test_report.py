@@ -21,7 +21,8 @@ from gnbench.aggregate.statistics import intervals, summarize
 from gnbench.aggregate.study import read_study
 from gnbench.archive import ArchiveConfig, archive
 from gnbench.composition import composed
-from gnbench.config import RunConfig, run_id
+from gnbench.config import RunConfig
+from gnbench.identity import run_id
 from tests.conftest import ROOT
 from tests.laid_down import page, put, settings
 

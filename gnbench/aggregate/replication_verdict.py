@@ -15,7 +15,8 @@ from gnbench.aggregate.replication import CONSISTENT, UNDECIDED, WORDS, Contrast
 from gnbench.aggregate.study import CELL, Study, flattened
 from gnbench.aggregate.verdict import different_spreads, interval, p_value
 from gnbench.composition import composed
-from gnbench.config import RunConfig, all_settings, conf_dir
+from gnbench.config import RunConfig, conf_dir
+from gnbench.identity import all_settings
 
 NUMBERS = ["seeds", "seeds_there", "published", "found", "order", "low", "high", "p", "p_holm"]
 

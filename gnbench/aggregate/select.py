@@ -8,8 +8,8 @@ import pandas as pd
 
 from gnbench.aggregate.statistics import differing
 from gnbench.aggregate.study import CELL
-from gnbench.config import GROUPS
 from gnbench.errors import ConfigError
+from gnbench.identity import GROUPS
 from gnbench.runs.directory import FINISHED
 
 TOP_LEVEL = ("epochs", "precision")  # settings that stand in no group

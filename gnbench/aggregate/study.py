@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gnbench import config, zipped
-from gnbench.config import all_settings, by_dotted_name, run_id
+from gnbench import config, identity, zipped
 from gnbench.errors import ConfigError, DamagedError
+from gnbench.identity import all_settings, by_dotted_name, run_id
 from gnbench.runs.directory import FINISHED, read_record
 from gnbench.sweep.plan import find_studies, read_plans
 from gnbench.train.row import METRICS
@@ -175,7 +175,7 @@ def all_published() -> pd.DataFrame:
 
 def of_their_size(published: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """Leave out what was ``published`` of networks that ``runs`` have in another size."""
-    sizes = flattened({"model": config.LATER["gnbench.models.SimpleNetV2"]})
+    sizes = flattened({"model": identity.LATER["gnbench.models.SimpleNetV2"]})
     others = {
         model
         for model, own in runs.groupby("model")

@@ -11,8 +11,9 @@ from contextlib import ExitStack, suppress
 
 from gnbench import build
 from gnbench.check import check, check_machine
-from gnbench.config import RunConfig, run_id
+from gnbench.config import RunConfig
 from gnbench.errors import ConfigError, DamagedError, Interrupted, LockedError, WriteError
+from gnbench.identity import run_id
 from gnbench.runs import directory as runs
 from gnbench.runs import signals
 from gnbench.runs.directory import RunDirectory

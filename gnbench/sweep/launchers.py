@@ -24,8 +24,9 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
-from gnbench.config import RunConfig, run_id
+from gnbench.config import RunConfig
 from gnbench.errors import ConfigError, DamagedError, one_line
+from gnbench.identity import run_id
 from gnbench.runs.directory import RunDirectory
 from gnbench.runs.lock import LOCK
 from gnbench.sweep.account import configs, failed, objective, planned

@@ -12,8 +12,8 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from gnbench.config import COMPONENTS, GROUPS
 from gnbench.errors import ConfigError
+from gnbench.identity import COMPONENTS, GROUPS
 
 CHOICES = {*GROUPS, *COMPONENTS}  # the groups of which a run has an option each
 

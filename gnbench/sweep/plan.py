@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gnbench import files, zipped
-from gnbench.config import RunConfig, run_id
+from gnbench.config import RunConfig
 from gnbench.errors import ConfigError, DamagedError
+from gnbench.identity import run_id
 from gnbench.runs.directory import read_record
 from gnbench.runs.lock import LOCK
 

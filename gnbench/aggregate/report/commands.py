@@ -10,16 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gnbench.composition import composed
-from gnbench.config import (
-    GROUPS,
-    RunConfig,
-    all_settings,
-    by_dotted_name,
-    conf_dir,
-    identity,
-    run_id,
-)
+from gnbench.config import RunConfig, conf_dir
 from gnbench.errors import ConfigError, DamagedError
+from gnbench.identity import GROUPS, all_settings, by_dotted_name, identity, run_id
 from gnbench.runs.directory import read_record
 
 MOST = 6  # recipes that are composed, each in a quarter of a second
