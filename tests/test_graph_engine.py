@@ -6,12 +6,14 @@ What the device itself adds (streams, pools, the capture) is tested where there 
 import copy
 import gc
 import math
+import shutil
 import weakref
 
 import pytest
 import torch
 
 from gnbench.build import build_training, load_dataset
+from gnbench.runs.runner import run
 from gnbench.train.replicas import ReplicaGroup
 from tests.replays import Recorder
 from tests.trainings import (
@@ -242,6 +244,8 @@ def assert_graph_is_eager_on_cuda(tiny_config, *settings, falls_back=False):
         found.append(rows(one))
     eager, graph = trained
     assert found[0] == found[1]
+    if "compile=true" in settings and shutil.which("gcc"):  # else both would go on uncompiled
+        assert [one.engine.name for one in trained] == ["eager compiled", "graph compiled"]
     assert_same_weights(graph, eager)
     assert graph.engine.name.partition(" ")[0] == ("eager" if falls_back else "graph")
 
@@ -267,6 +271,14 @@ def test_on_cuda_a_failed_capture_leaves_no_trace(tiny_config):
     fails = ("norm=bn", "norm.momentum=null", "model.dropout=0.5")
     assert_graph_is_eager_on_cuda(tiny_config, *fails, falls_back=True)
     assert_graph_is_eager_on_cuda(tiny_config, "model.dropout=0.5")
+
+
+@pytest.mark.cuda
+@on_cuda
+@pytest.mark.parametrize("norm", ["bn", "gn"])
+def test_on_cuda_a_whole_run_is_replayed(tiny_config, norm):
+    """What comes before its first step must not keep that from being captured."""
+    assert run(tiny_config(f"norm={norm}", "device=cuda", "epochs=5"))["engine"] == "graph"
 
 
 @pytest.mark.cuda

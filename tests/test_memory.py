@@ -1,5 +1,7 @@
 """Bytes held for the backward pass: by hand, by device, and as the command reports them."""
 
+import gc
+
 import pandas as pd
 import pytest
 import torch
@@ -33,6 +35,21 @@ def test_the_network_without_a_norm_by_hand():
     log_softmax, total_weight = 4 * N * 4, 4
     blocks = relu1 + places1 + pooled1 + relu2 + places2 + pooled2
     assert held("none") == images + blocks + log_softmax + labels + total_weight
+
+
+def test_looking_keeps_nothing_of_the_graph():
+    """A node that is kept also keeps its stream, and no step could be captured on another."""
+    one = training("bn")
+    parameters = [*one.engine.model.parameters()]
+    one.activation_bytes()
+
+    def node(parameter):
+        return parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+
+    for parameter in parameters:
+        node(parameter).metadata["seen"] = True
+    gc.collect()
+    assert not any("seen" in node(parameter).metadata for parameter in parameters)
 
 
 def test_in_bf16_weights_are_no_activations_either():

@@ -1,9 +1,13 @@
 """How many cells go side by side, on machines that are not there."""
 
+import gc
+import weakref
+
 import joblib
 import pytest
 import torch
 
+import gnbench.build
 from gnbench.check import compose
 from gnbench.runs.runner import run
 from gnbench.sweep import workers
@@ -49,6 +53,21 @@ def test_as_many_as_gpus_if_the_runs_are_there(machine):
     assert workers.at_a_time([run.with_(device="cpu") for run in runs]) == 9
     machine(cores=16, gpus=1)
     assert workers.at_a_time(runs) == 1
+
+
+def test_a_look_at_the_memory_keeps_no_network(monkeypatch):
+    seen, build = [], gnbench.build.build_model
+
+    def build_model(config):
+        model = build(config)
+        seen.append(weakref.ref(next(model.parameters())))
+        return model
+
+    with monkeypatch.context() as patched:
+        patched.setattr("gnbench.build.build_model", build_model)
+        workers.needed_bytes(cells(1)[0])
+    gc.collect()
+    assert [one() for one in seen] == [None]
 
 
 def test_as_many_as_fit_into_the_memory_and_that_is_said(machine, caplog):

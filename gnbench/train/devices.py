@@ -131,7 +131,8 @@ def set_float32_products(precision: str) -> None:
     """
     # By torch's newer settings: the older ``allow_tf32`` warns on some releases.
     products = "tf32" if precision == "tf32" else "ieee"
-    # All of cuDNN's alike, or who reads the older setting gets an error.
+    # All of cuDNN's alike. Who reads the older settings may get an error: of torch that is only the
+    # search for the fastest kernels of a compiled network, which is not asked for.
     torch.backends.cudnn.conv.fp32_precision = products  # type: ignore[attr-defined]
     torch.backends.cudnn.rnn.fp32_precision = products  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.fp32_precision = products
