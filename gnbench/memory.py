@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import sys
@@ -66,6 +67,7 @@ def measure(run: RunConfig) -> dict[str, Any]:
         inputs = inputs.contiguous()
     labels = torch.zeros(run.batch_size, dtype=torch.int64, device=device)
     activations = engine.activation_bytes(inputs, labels)
+    gc.collect()  # the network measured before: parametrizations, as of gn_ws, are circles
     reset_peak_memory(device)
     engine.train_step(inputs, labels, run.optimizer.lr)
     moments = [value for state in optimizer.state.values() for value in state.values()]

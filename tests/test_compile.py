@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 
 from gnbench.build import build_training, load_dataset
 from gnbench.runs.runner import run
+from gnbench.train.engine import _compile
 from tests.trainings import NORMS, assert_same_weights, rows, training
 
 needs_compiler = pytest.mark.skipif(
@@ -94,6 +96,12 @@ def test_without_a_compiler_the_run_goes_on_uncompiled(monkeypatch, caplog, tmp_
     [line] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert line.startswith("compile=true: ")
     assert line.endswith("; going on without")
+
+
+def test_advice_to_compute_in_less_precision_ends_nothing():
+    with warnings.catch_warnings(action="error"):
+        _compile(torch.nn.Identity())
+        warnings.warn("TensorFloat32 tensor cores for float32 are not enabled", stacklevel=1)
 
 
 class FailingBackwards(torch.autograd.Function):

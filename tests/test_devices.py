@@ -43,6 +43,7 @@ def test_bf16_that_takes_many_times_as_long_as_fp32_is_not_native(monkeypatch, s
         (MemoryError(), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
         (RuntimeError("an illegal memory access was encountered"), False),
         (ValueError("out of memory"), False),
     ],
@@ -74,6 +75,33 @@ def test_float32_is_computed_in_float32_unless_asked_and_no_release_warns(precis
     finally:
         for products, precision in zip(cuda, before, strict=True):
             products.fp32_precision = precision
+
+
+@pytest.mark.parametrize(("name", "count"), [("auto", 4), ("cuda", 3), ("cuda:0", 2)])
+def test_all_processes_say_alike_that_each_needs_a_gpu(monkeypatch, name, count):
+    """Rank 0 alone is heard."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(count))
+    said = set()
+    for rank in range(count):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        with pytest.raises(ConfigError) as caught:
+            devices.choose_device(name)
+        said.add(str(caught.value))
+    [line] = said
+    assert line.endswith(
+        f" {count} processes on this machine need a GPU each, and it has 2: use device=cuda with "
+        "--nproc-per-node=2, or device=cpu"
+    )
+
+
+def test_as_many_processes_as_gpus_have_one_each(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert devices.choose_device("auto") == torch.device("cuda:1")
 
 
 def test_tf32_is_refused_on_a_processor():

@@ -1,21 +1,26 @@
 """One run on several processes: two of them, over gloo, on the CPU."""
 
+import atexit
 import itertools
 import json
+import logging
 import os
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gnbench.check import check_machine, compose
 from gnbench.errors import ConfigError
+from gnbench.runs import runner
 from gnbench.train.distributed import AGREE_STEPS, ProcessGroup
 from tests import process_groups, tiny
 from tests.conftest import measured, started, variant
 from tests.process_groups import together
+from tests.trainings import CPU
 
 JOINT_NORMS = ("syncbn", "gn", "gn_ws", "ln", "in", "lrn", "none")
 RUN = (*tiny.OVERRIDES, "batch_size=4", "dataset.augmentation=none", "checkpoint_seconds=0")
@@ -117,6 +122,47 @@ def test_the_shares_of_a_batch_are_equal_and_leave_nothing_out(size):
         assert all(before[1] == after[0] for before, after in itertools.pairwise(shares))
         lengths = [stop - start for start, stop in shares]
         assert max(lengths) - min(lengths) <= 1
+
+
+class LostError(Exception):
+    """What ends one process of several."""
+
+
+class Losing:
+    """A run that ends so."""
+
+    def __init__(self, *_):
+        self.record = {}
+
+    def train(self, *_):
+        raise LostError
+        yield
+
+    def close(self, *_):
+        pass
+
+    let_go = close
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_who_is_lost_ends_without_the_others(monkeypatch, tiny_config, leads):
+    """They wait for it in a step; to destroy a group of NCCL it would wait for them."""
+
+    def lost(*_):
+        raise LostError
+
+    config, forgotten = tiny_config(), []
+    monkeypatch.setattr(atexit, "unregister", forgotten.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(runner, "OpenRun", Losing)
+    monkeypatch.setattr(runner, "restored", lost)
+    group = SimpleNamespace(size=2, wait_to_begin=lambda: (True, None))
+    shared = SimpleNamespace(device=CPU, stop=SimpleNamespace(gentle=0))
+    train = runner._train(config, None, None, shared, group, logging.getLogger("lost"))
+    act = train.__next__ if leads else lambda: runner._follow(config, shared, group)
+    with pytest.raises(LostError):
+        act()
+    assert forgotten == [torch.distributed.destroy_process_group]
 
 
 def test_a_process_alone_asks_nobody():

@@ -1,6 +1,7 @@
 """Bytes held for the backward pass: by hand, by device, and as the command reports them."""
 
 import gc
+import weakref
 
 import pandas as pd
 import pytest
@@ -50,6 +51,33 @@ def test_looking_keeps_nothing_of_the_graph():
         node(parameter).metadata["seen"] = True
     gc.collect()
     assert not any("seen" in node(parameter).metadata for parameter in parameters)
+
+
+def test_the_peak_holds_nothing_of_the_network_before(tiny_config, monkeypatch):
+    """The parametrizations of weight standardization are circles, which only a collector ends."""
+    import gnbench.build
+
+    networks, alive, build = [], [], gnbench.build.build_model
+
+    def noted(config):
+        networks.append(weakref.ref(next((model := build(config)).parameters())))
+        return model
+
+    monkeypatch.setattr("gnbench.build.build_model", noted)
+    monkeypatch.setattr(
+        "gnbench.train.devices.reset_peak_memory",
+        lambda device: alive.append([one() is not None for one in networks]),
+    )
+    configs = [tiny_config("norm=gn8_ws"), tiny_config("norm=bn")]
+    gc.collect()
+    networks.clear()
+    gc.disable()
+    try:
+        for config in configs:
+            measure(config)
+    finally:
+        gc.enable()
+    assert alive == [[True], [False, True]]
 
 
 def test_in_bf16_weights_are_no_activations_either():

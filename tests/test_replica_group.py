@@ -213,6 +213,7 @@ def test_replicas_are_replayed_together_and_each_has_its_directory(tiny_config, 
         directory = RunDirectory(config.run_dir)
         record = directory.record()
         assert (record["engine"], record["seed"]) == ("graph", config.seed)
+        assert record["peak_memory_bytes"] is None  # it would be that of all three
         said = directory.log_path.read_text()
         assert said.count(f"{config.run_id} completed") == 1
         assert said.count(" completed in ") == 1  # and nothing of the others

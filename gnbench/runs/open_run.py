@@ -43,6 +43,7 @@ class Shared:
     load: Callable[[], Dataset]  # onto the device, once
     stop: signals.Stop
     replicas: ReplicaGroup | None
+    together: int = 1  # so many go side by side
 
 
 class OpenRun:
@@ -140,9 +141,14 @@ class OpenRun:
             error=error,
             result=result,
             seconds=round(self._seconds(), 3),
-            peak_memory_bytes=devices.peak_memory_bytes(self._shared.device),
+            peak_memory_bytes=self._peak_memory_bytes(),
         )
         self._directory.write_record(self.record)
+
+    def _peak_memory_bytes(self) -> int | None:
+        """Return the most memory that the run had; None of runs side by side, who share it."""
+        shared = self._shared
+        return None if shared.together > 1 else devices.peak_memory_bytes(shared.device)
 
     def complete(self, said: logging.Logger) -> None:
         """Close a run that has come to its end."""

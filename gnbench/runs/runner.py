@@ -8,6 +8,7 @@ import logging
 import traceback
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 
 from gnbench import build
 from gnbench.check import check, check_machine
@@ -85,7 +86,8 @@ def run_all(configs: Sequence[RunConfig]) -> Iterator[tuple[int, Record | Except
 
         def carried_out(numbers: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
             waits = len(numbers) == 1  # side by side the others would wait, too
-            yield from _in_step({n: _carried_out(configs[n], shared, waits) for n in numbers})
+            group = replace(shared, together=len(numbers))
+            yield from _in_step({n: _carried_out(configs[n], group, waits) for n in numbers})
             if stop.number is not None:
                 raise Interrupted(stop.number)
 
@@ -228,6 +230,8 @@ def _train(
             run.close(status, message)
         said.error("%s: %s: %s", config.run_id, status.replace("_", " "), message)
         # Several processes do not survive the loss of one.
+        if processes.size > 1:
+            distributed.abandon()
         if not out_of_memory or processes.size > 1:
             raise
     else:
@@ -245,9 +249,13 @@ def _follow(config: RunConfig, shared: Shared, processes: ProcessGroup) -> Recor
     train, given = processes.wait_to_begin()
     if not train:
         return given or {"status": "failed", "result": None}
-    training = restored(config, shared, given) or built(config, shared)
-    shared.stop.gentle += 1
-    for _ in stoppable(training, shared.stop, lambda: False, training.state_dict):
-        pass
-    shared.stop.gentle -= 1
+    try:
+        training = restored(config, shared, given) or built(config, shared)
+        shared.stop.gentle += 1
+        for _ in stoppable(training, shared.stop, lambda: False, training.state_dict):
+            pass
+        shared.stop.gentle -= 1
+    except Exception:
+        distributed.abandon()
+        raise
     return {"status": "completed", "result": None}

@@ -22,7 +22,12 @@ from gnbench.train import distributed
 log = logging.getLogger(__name__)
 
 # What those say that do not raise torch.OutOfMemoryError: the CPU, CUDA itself, cuBLAS and cuDNN.
-ALLOCATION_FAILURES = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
+ALLOCATION_FAILURES = (
+    "can't allocate memory",
+    "out of memory",
+    "_STATUS_ALLOC_FAILED",
+    "_ALLOCATION_FAILED",  # of cuDNN from its ninth version on
+)
 TRIAL_SIZE = 256  # rows and columns of the matrices on which bf16 is tried
 HARDWARE_QUEUES = "32"  # the most there are; of the 8 by default replicas would share some
 # Of control groups, versions 2 and 1: the limit, what is in use, and of which what can be let go.
@@ -52,6 +57,12 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda":
         found = torch.cuda.device_count()
+        processes = distributed.local_world_size()
+        if processes > 1 and (device.index is not None or processes > found):  # said by all alike
+            raise ConfigError(
+                f"device={name}: {processes} processes on this machine need a GPU each, and it has "
+                f"{found}: use device=cuda with --nproc-per-node={max(1, found)}, or device=cpu"
+            )
         index = distributed.local_rank() if device.index is None else device.index
         if index >= found:
             raise ConfigError(

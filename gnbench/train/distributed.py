@@ -132,6 +132,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_world_size() -> int:
+    """Return how many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def process_group(device: torch.device) -> ProcessGroup:
     """Return the group of this process, meeting the others at the first call.
 
@@ -158,6 +163,18 @@ def process_group(device: torch.device) -> ProcessGroup:
         )
         atexit.register(dist.destroy_process_group)
     return ProcessGroup(rank(), world_size())
+
+
+def abandon() -> None:
+    """Have this process end without the others, who may be waiting for it.
+
+    To destroy a group of NCCL takes all of them, so that torchrun would never see one end that an
+    error has ended, and never stop the others.
+    """
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        atexit.unregister(dist.destroy_process_group)
 
 
 def _store_of_the_living(store: Store) -> Store:

@@ -316,6 +316,8 @@ def _read(totals: Tensor) -> tuple[float, int]:
 
 def _compile(network: nn.Module) -> Network:
     """Have torch compile the network at its first use, anew for every size of a batch."""
+    # Advice of torch's, which has fp32 computed in another precision than was asked for.
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     torch.compiler.reset()  # or the runs before this one would count against a limit of torch's
     compiled: Network = torch.compile(network, dynamic=False)
     return compiled
