@@ -23,7 +23,7 @@ def app(config: DictConfig) -> float:
     """Carry out a run or a cell; return its error in percent, for sweepers that optimize."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         run = launchers.enter(RunConfig.parse(config))
-        return account.Reported.of(command.attempt(run))
+        return account.Reported.of(command.attempt(run), run.runs())
     try:
         return command.carry_out(config)
     except Exception as error:

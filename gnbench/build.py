@@ -7,6 +7,7 @@ import inspect
 import logging
 import math
 import os
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,12 @@ from gnbench.errors import ConfigError, one_line
 from gnbench.norms import BatchGroupNorm, BatchRenorm, standardize_weights
 from gnbench.train import distributed
 from gnbench.train.batches import ResidentData, evaluation_chunk
-from gnbench.train.devices import choose_device, flush_denormals, set_float32_products
+from gnbench.train.devices import (
+    choose_device,
+    flush_denormals,
+    set_defaults,
+    set_float32_products,
+)
 from gnbench.train.engine import EagerEngine
 from gnbench.train.graph_engine import Engine, GraphEngine
 from gnbench.train.layout import place
@@ -197,9 +203,9 @@ def build_training(
     """Seed, build and place everything that ``config`` names, ready for `Training.run`.
 
     ``device`` is that of ``config`` unless given. The steps are replayed with those of the other
-    ``replicas``, else alone if at all. Seeds torch's global generator and has denormal numbers
-    flushed to zero; on a GPU also makes torch deterministic for this process. Under torchrun, meets
-    the other processes.
+    ``replicas``, else alone if at all. Seeds the global generators of torch, numpy and Python, has
+    denormal numbers flushed to zero and float32 be the default, computed as such; on a GPU also
+    makes torch deterministic for this process. Under torchrun, meets the other processes.
 
     Raises:
         ConfigError: as `gnbench.check.check`.
@@ -207,9 +213,12 @@ def build_training(
     device = device or choose_device(config.device)
     processes = distributed.process_group(device)
     flush_denormals()
+    set_defaults()
     if device.type == "cuda":
         make_deterministic(config.precision)
     torch.manual_seed(config.seed)
+    random.seed(config.seed)  # for a part of one's own that draws from these
+    np.random.seed(config.seed % 2**32)
     model = build_model(config)  # drawn on the CPU: the same on every device
     channels_last = place(model, device)
     if processes.rank > 0:  # dropout must not drop the same units in every process

@@ -1,7 +1,9 @@
 """From a configuration to its parts."""
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from gnbench.build import (
     load_dataset,
     training_length,
 )
+from gnbench.train.devices import set_defaults
 from tests.trainings import rows
 
 RESNET = ("model=resnet18", "model.stem=imagenet", "batch_size=47")
@@ -20,6 +23,23 @@ RESNET = ("model=resnet18", "model.stem=imagenet", "batch_size=47")
 
 def start(config):
     return build_training(config, load_dataset(config))
+
+
+def test_what_a_part_of_ones_own_has_set_does_not_reach_the_next_run(tiny_config):
+    drawn = []
+    try:
+        for _ in range(2):
+            start(tiny_config("seed=3"))
+            drawn.append((random.random(), np.random.random()))
+            assert torch.get_default_dtype() == torch.float32
+            for products in (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv):
+                assert products.fp32_precision == "ieee"
+            torch.set_float32_matmul_precision("medium")
+            torch.backends.mkldnn.conv.fp32_precision = "bf16"
+            torch.set_default_dtype(torch.float64)
+    finally:
+        set_defaults()
+    assert drawn[0] == drawn[1]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])

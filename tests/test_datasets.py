@@ -268,7 +268,7 @@ def test_sources_are_tried_in_order_and_the_first_good_one_is_cached(tmp_path, c
     assert np.array_equal(again["test_images"], ARRAYS["test_images"])
 
 
-def test_no_source_is_one_clear_message(tmp_path):
+def test_no_source_is_one_clear_message(tmp_path, monkeypatch):
     with pytest.raises(DataError) as caught:
         load(tmp_path, ("one", broken), ("two", wrong))
     message = str(caught.value)
@@ -278,7 +278,14 @@ def test_no_source_is_one_clear_message(tmp_path):
     with pytest.raises(DataError, match=r"not to be had here\. Tried: one"):
         load(tmp_path, ("one", broken), ("two", good))  # the network is not tried again
     assert not (tmp_path / "demo.npz").exists()
-    assert load(tmp_path, ("by hand", good))  # what was laid down since is found
+    monkeypatch.setattr(cache, "TRY_AGAIN", -1.0)  # later it is
+    assert load(tmp_path, ("one", broken), ("two", good))
+
+
+def test_what_was_laid_down_since_is_found(tmp_path):
+    with pytest.raises(DataError):
+        load(tmp_path, ("by hand", broken))
+    assert load(tmp_path, ("by hand", good))
 
 
 def damage(path, how):
@@ -318,6 +325,29 @@ def test_a_damaged_cache_is_said_set_aside_and_rebuilt(tmp_path, how, caplog):
     assert "is damaged" in caplog.text
     assert (tmp_path / "demo.npz.damaged").read_bytes() == damaged
     assert cache.read(path, SUMS)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError("Unable to allocate 191 MiB"), "Unable to allocate 191 MiB"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+    ],
+)
+def test_a_cache_that_cannot_be_read_just_now_is_left_where_it_is(
+    tmp_path, monkeypatch, error, said
+):
+    load(tmp_path, ("good", good))
+
+    def fails(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache.np, "load", fails)
+        with pytest.raises((MemoryError, DataError), match=said):
+            load(tmp_path, ("good", good))
+    assert [path.name for path in tmp_path.glob("demo*")] == ["demo.npz"]
+    assert len(load(tmp_path)["train_labels"]) == 48
 
 
 def test_a_full_disk_costs_the_cache_and_nothing_else(tmp_path, monkeypatch, caplog):

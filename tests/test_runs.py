@@ -1,3 +1,4 @@
+import errno
 import itertools
 import json
 import math
@@ -312,6 +313,39 @@ def test_a_checkpoint_that_cannot_be_used_is_said_set_aside_and_not_used(
     assert measured(of(config).metrics_path) == measured(
         of(tiny_config("norm=bn", "study=whole")).metrics_path
     )
+
+
+def test_a_checkpoint_for_which_there_is_no_memory_now_is_kept(tiny_config, monkeypatch, caplog):
+    config = tiny_config()
+    path = checkpoint_of(config, monkeypatch)
+
+    def full(*_, **__):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"
+        )
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "load", full)
+        assert run(config)["status"] == "out_of_memory"
+    assert path.exists()
+    caplog.set_level("INFO")
+    assert run(config)["status"] == "completed"
+    assert "resumes after step 7" in caplog.text
+
+
+def test_what_ended_a_run_is_said_though_its_rows_cannot_be_read(tiny_config, monkeypatch):
+    config = tiny_config()
+
+    def fails(*_, **__):
+        raise ValueError("a fault of its own")
+
+    def unreadable(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(EagerEngine, "train_steps", fails)
+    monkeypatch.setattr(RunDirectory, "rows", unreadable)
+    with pytest.raises(ValueError, match="a fault of its own"):
+        run(config)
 
 
 class Trap:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -107,6 +108,32 @@ def test_a_free_lock_is_not_taken_from_a_holder_on_another_machine(tmp_path, mon
         other.join()
     with RunDirectory(run_dir).locked():  # it is silent now, and so taken for dead
         assert read_heartbeat(run_dir).pid == os.getpid()
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_run_that_was_taken_over_is_left_to_the_other(tmp_path, tiny_config, monkeypatch, ended):
+    """As of a process that was suspended, where a lock is kept to one machine."""
+    config = tiny_config("epochs=4", "checkpoint_seconds=0")
+    append, other = RunDirectory.append, tiny_config("epochs=4", "study=other")
+    run(other)
+    theirs = RunDirectory(other.run_dir)
+
+    def suspended(directory, row):
+        append(directory, row)
+        if row["epoch"] == 2:
+            for name in ("run.json", "metrics.csv", "correct.npy", "model.pt"):
+                shutil.copy(theirs.path / name, directory.path / name)
+            leave(directory.path, beat(pid=4712))
+            if ended:
+                (directory.path / lock.HEARTBEAT).unlink()
+
+    monkeypatch.setattr(RunDirectory, "append", suspended)
+    who = "another process, which has ended" if ended else "process 4712 on node7 since"
+    with pytest.raises(LockedError, match=f"was taken over by {who}"):
+        run(config)
+    for name in ("run.json", "metrics.csv", "correct.npy", "model.pt"):
+        assert (config.run_dir / name).read_bytes() == (theirs.path / name).read_bytes()
+    assert (config.run_dir / lock.HEARTBEAT).exists() is not ended
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"host": 1}', "\x00\xff"])

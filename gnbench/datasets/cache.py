@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,9 @@ Source = Callable[[Path, Path], Arrays]  # of the data root, and of a working fo
 
 PIN = "sha256"  # an array of a file: the checksum of all its others, where none is known beforehand
 
-_unavailable: dict[Path, str] = {}  # the message, for the next run of a sweep
+TRY_AGAIN = 600.0  # seconds after which a dataset that was not to be had is looked for anew
+
+_unavailable: dict[Path, tuple[float, str]] = {}  # since when, and the message, for the next runs
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,12 @@ def read(path: Path, checksums: Mapping[str, str] | None) -> Arrays:
         try:
             with np.load(file, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
+        except MemoryError:  # says nothing of the file
+            raise
         except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
+            # One of them EINVAL: to look where a damaged file points to.
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+                raise
             raise DamagedError(f"{path.name} cannot be read ({error})") from error
     if checksums is not None:
         verify(arrays, checksums)
@@ -150,8 +159,13 @@ def _pin(arrays: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
 
 
 def _fetch(known: Known, path: Path) -> Arrays:
-    """Return what the first source that works has; once none did, only the first is tried again."""
+    """Return what the first source that works has; if none has just now, only the first is tried.
+
+    So that not every run of a sweep waits for a network that does not answer.
+    """
     name, failures = known.name, []
+    if path in _unavailable and time.monotonic() - _unavailable[path][0] > TRY_AGAIN:
+        del _unavailable[path]
     for label, source in known.sources[: 1 if path in _unavailable else None]:
         log.info("%s: trying %s", name, label)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=path.parent) as work:
@@ -166,7 +180,7 @@ def _fetch(known: Known, path: Path) -> Arrays:
                 failures.append(f"{label} ({reason})")
     by_hand = known.by_hand.format(root=path.parent)
     message = f"{name} is not to be had here. Tried: {'; '.join(failures)}. By hand: {by_hand}"
-    raise DataError(_unavailable.setdefault(path, message))
+    raise DataError(_unavailable.setdefault(path, (time.monotonic(), message))[1])
 
 
 def _sweep_up(folder: Path, name: str, user: int) -> None:

@@ -150,6 +150,8 @@ class RunDirectory:
         """
         import torch
 
+        from gnbench.train.devices import is_out_of_memory
+
         state: Any
 
         try:
@@ -159,6 +161,8 @@ class RunDirectory:
         except (OSError, MemoryError):  # says nothing of the file
             raise
         except Exception as error:  # torch raises many kinds for a damaged file
+            if is_out_of_memory(error):
+                raise
             raise DamagedError(
                 f"{self.checkpoint_path} is not a whole checkpoint ({type(error).__name__})"
             ) from error

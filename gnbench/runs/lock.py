@@ -62,8 +62,9 @@ class Heartbeat:
         self.step = 0
         self.total_steps = 0
         self._path = run_dir / HEARTBEAT
+        self._seen = False  # by others: it was written
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        self._first = Beat(socket.gethostname(), _machine(), os.getpid(), since, time.time())
+        self._first = Beat(socket.gethostname(), _machine(), os.getpid(), since, beat=0.0)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat_on, name="gnbench-alive", daemon=True)
 
@@ -77,7 +78,25 @@ class Heartbeat:
         self._ended.set()
         self._thread.join()
         with suppress(OSError):
+            self.check()
             self._path.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Make sure that the run is still this process's own.
+
+        One that was suspended may have been taken for dead, where a lock is kept to one machine.
+
+        Raises:
+            LockedError: if another process took it over.
+        """
+        if not self._seen:
+            return
+        heard = read_heartbeat(self._path.parent)
+        if heard is None and self._path.exists():  # it cannot be read now
+            return
+        if heard is None or replace(heard, beat=0.0, step=0, total_steps=0) != self._first:
+            who = heard or "another process, which has ended"
+            raise LockedError(f"{self._path.parent} was taken over by {who}; this one leaves it")
 
     def _beat_on(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
@@ -85,8 +104,10 @@ class Heartbeat:
 
     def _beat(self) -> None:
         beat = replace(self._first, beat=time.time(), step=self.step, total_steps=self.total_steps)
-        with suppress(OSError):  # a full disk: what matters will say so
+        with suppress(OSError):  # a full disk, or a run taken over: what matters will say so
+            self.check()
             files.replace(self._path, json.dumps(asdict(beat)).encode())
+            self._seen = True
 
 
 @contextmanager

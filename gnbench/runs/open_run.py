@@ -95,6 +95,7 @@ class OpenRun:
 
         Raises:
             Interrupted: after a signal, with a checkpoint saved.
+            LockedError: if another process took the run over while this one was suspended.
             WriteError: if the directory cannot be written.
         """
         training = self._training = self._prepared(processes, said)
@@ -113,6 +114,7 @@ class OpenRun:
             for row in stoppable(training, stop, self._wants_checkpoint, self._save_checkpoint):
                 yield training.position.step
                 if row is not None:
+                    self._heartbeat.check()
                     self._rows.append(_measured(row, training))
                     self._directory.append(self._rows[-1])
                     if self._config.as_published:
@@ -122,12 +124,19 @@ class OpenRun:
                 self._heartbeat.step = training.position.step
                 progress.show(row)
         correct = training.engine.correct(training.test).numpy()
+        self._heartbeat.check()
         self._balanced_error = runs.balanced_error(correct, training.test.labels.cpu().numpy())
         self._directory.save_correct(correct)
         self._directory.save_model(training.engine.model.state_dict())
 
     def close(self, status: str, error: str | None = None) -> None:
-        """Say in the record how the run has ended, and what it reports."""
+        """Say in the record how the run has ended, and what it reports.
+
+        Raises:
+            LockedError: if it is another process's by now.
+            WriteError: if it cannot be written.
+        """
+        self._heartbeat.check()
         if self._training is not None:
             self.record["engine"] = self._training.engine.name
         result = runs.result(self._directory.rows(), diverged=status == "diverged")
@@ -251,6 +260,7 @@ class OpenRun:
     def _save_checkpoint(self) -> None:
         assert self._training is not None
         began = time.monotonic()
+        self._heartbeat.check()
         self._directory.save_checkpoint(
             {
                 "format": CHECKPOINT_FORMAT,

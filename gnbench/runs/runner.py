@@ -13,7 +13,7 @@ from dataclasses import replace
 from gnbench import build
 from gnbench.check import check, check_machine
 from gnbench.config import RunConfig
-from gnbench.errors import ConfigError, DamagedError, Interrupted, LockedError, WriteError
+from gnbench.errors import ConfigError, DamagedError, Interrupted, LockedError
 from gnbench.identity import run_id
 from gnbench.runs import directory as runs
 from gnbench.runs import signals
@@ -68,10 +68,10 @@ def run_all(configs: Sequence[RunConfig]) -> Iterator[tuple[int, Record | Except
         ConfigError: if they cannot be trained, or not on this machine.
         Interrupted: after SIGINT or SIGTERM, with checkpoints saved.
     """
+    devices.flush_denormals()  # before torch starts threads, which a check may do
     first = configs[0]
     check(first)
     check_machine(first)
-    devices.flush_denormals()  # before torch starts threads
     with (
         signals.heeded() as stop,
         devices.claimed(first.device) as device,
@@ -215,9 +215,13 @@ def _train(
     try:
         yield from run.train(processes, said)
     except KeyboardInterrupt:
-        with suppress(WriteError):
+        with suppress(OSError):
             run.close("interrupted")
         said.warning("%s interrupted; the same command resumes it", config.run_id)
+        raise
+    except LockedError:  # the record is another process's
+        if processes.size > 1:
+            distributed.abandon()
         raise
     except Exception as error:
         out_of_memory = devices.is_out_of_memory(error)
@@ -226,7 +230,7 @@ def _train(
         if not out_of_memory:
             message = f"{type(error).__name__}: {error}"
         # If this cannot be written either, the run stays "running" without a heartbeat.
-        with suppress(WriteError):
+        with suppress(OSError):
             run.close(status, message)
         said.error("%s: %s: %s", config.run_id, status.replace("_", " "), message)
         # Several processes do not survive the loss of one.
@@ -238,9 +242,9 @@ def _train(
         run.complete(said)
     finally:
         run.let_go()
-    gc.collect()
-    if shared.device.type == "cuda":
-        empty_cache()
+        gc.collect()
+        if shared.device.type == "cuda":
+            empty_cache()
     return run.record
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gnbench.config import RunConfig
@@ -16,16 +16,24 @@ failed: dict[str, str] = {}  # by run id: what it saw fail, though no record may
 
 
 class Reported(float):
-    """A test error that brings along what failed in the process that it comes from."""
+    """A test error that brings along how its runs fared in the process that it comes from."""
 
-    failed: dict[str, str]
+    failed: dict[str, str | None]
 
     @classmethod
-    def of(cls, test_error: float) -> Reported:
-        """Add what this process has seen fail."""
+    def of(cls, test_error: float, runs: Iterable[RunConfig]) -> Reported:
+        """Add what this process has seen fail of these runs."""
         reported = cls(test_error)
-        reported.failed = dict(failed)
+        reported.failed = {run.run_id: failed.get(run.run_id) for run in runs}
         return reported
+
+
+def hear(reported: Reported) -> None:
+    """Take over how the runs of a worker fared."""
+    for run_id, message in reported.failed.items():
+        failed.pop(run_id, None)
+        if message is not None:
+            failed[run_id] = message
 
 
 def objective(record: Mapping[str, Any]) -> float:

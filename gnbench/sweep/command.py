@@ -47,6 +47,10 @@ class CheckBeforeStart(Callback):
         """Keep Hydra from making folders; the run is checked where it starts."""
         _or_exit(lambda: _check_folders(config))
 
+    def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
+        """Keep of a cell what it returned, not its configuration twice, which nobody reads."""
+        job_return.cfg = job_return.hydra_cfg = None
+
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Check every cell, and note in the study what the sweep is to hold."""
         _or_exit(lambda: _plan(config))
@@ -130,6 +134,7 @@ def _outcomes(config: RunConfig) -> Iterator[tuple[RunConfig, Outcome]]:
 def _noted(run: RunConfig, outcome: Outcome) -> float:
     """Return the test error of a run; note a failure."""
     if not isinstance(outcome, Exception):
+        failed.pop(run.run_id, None)
         return objective(outcome)
     if isinstance(outcome, LockedError):
         return math.nan
@@ -178,7 +183,9 @@ def _plan(config: DictConfig) -> None:
 def _check(config: RunConfig, remote: bool = False) -> None:
     """Refuse a run that cannot be trained, or not on this machine unless it is ``remote``."""
     from gnbench.check import check, check_machine  # imports torch: not for --help
+    from gnbench.train.devices import flush_denormals
 
+    flush_denormals()  # before torch starts threads, which a check may do
     try:
         check(config)
     except SystemExit as stop:

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -29,7 +30,7 @@ from gnbench.errors import ConfigError, DamagedError, one_line
 from gnbench.identity import run_id
 from gnbench.runs.directory import RunDirectory
 from gnbench.runs.lock import LOCK
-from gnbench.sweep.account import configs, failed, objective, planned
+from gnbench.sweep.account import Reported, configs, failed, hear, objective, planned
 from gnbench.sweep.estimate import Measure, Rate
 from gnbench.sweep.plan import Cell
 from gnbench.sweep.workers import at_a_time
@@ -146,7 +147,8 @@ def _stop(number: int, frame: FrameType | None) -> None:
     # with all the others when the KeyboardInterrupt reaches the launcher.
     at_work = _at_work()
     for pid in {pid for pid, _ in at_work}:
-        os.kill(pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, signal.SIGTERM)
     until = time.monotonic() + SECONDS_TO_SAVE
     while at_work & _at_work() and time.monotonic() < until:
         time.sleep(0.05)
@@ -183,7 +185,8 @@ def _hearing_of_failures(launch: Launch) -> Launch:
     def launch_all(*arguments: Any, **numbers: Any) -> Sequence[JobReturn]:
         returns = launch(*arguments, **numbers)
         for one in returns:
-            failed.update(getattr(one._return_value, "failed", {}))
+            if isinstance(one._return_value, Reported):
+                hear(one._return_value)
         return returns
 
     return launch_all
@@ -244,6 +247,9 @@ def _side_by_side(launch: Launch) -> Launch:
     ) -> Sequence[JobReturn]:
         import joblib
 
+        # Data that a worker keeps for its next run look like a leak to joblib, which then starts
+        # another one.
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs")
         chosen = launcher.joblib.get("n_jobs") or 0
         runs = configs or _chosen_as_it_goes(launcher, job_overrides)
         # As at the first launch of a sweep, if it has several: threads follow from it, and bits.

@@ -58,7 +58,7 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda":
         found = torch.cuda.device_count()
         processes = distributed.local_world_size()
-        if processes > 1 and (device.index is not None or processes > found):  # said by all alike
+        if processes > 1 and (":" in name or processes > found):  # said by all alike
             raise ConfigError(
                 f"device={name}: {processes} processes on this machine need a GPU each, and it has "
                 f"{found}: use device=cuda with --nproc-per-node={max(1, found)}, or device=cpu"
@@ -147,6 +147,16 @@ def set_float32_products(precision: str) -> None:
     torch.backends.cudnn.conv.fp32_precision = products  # type: ignore[attr-defined]
     torch.backends.cudnn.rnn.fp32_precision = products  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.fp32_precision = products
+
+
+def set_defaults() -> None:
+    """Have numbers be float32 on a CPU, and products of them computed as such.
+
+    Whatever a part of one's own chose in a run that this process carried out before.
+    """
+    torch.set_default_dtype(torch.float32)
+    torch.backends.mkldnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"  # type: ignore[attr-defined]
 
 
 def flush_denormals() -> None:
