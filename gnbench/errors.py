@@ -37,6 +37,10 @@ class LockedError(OSError):
     """Another process is at work on this run; the message says which."""
 
 
+class TakenOverError(LockedError):
+    """Another process has taken this run over meanwhile; the message says which."""
+
+
 class RecordingError(RuntimeError):
     """Work cannot be replayed as a graph; the message says why. It has not been done."""
 

@@ -1,5 +1,6 @@
 """Who is at work, and where every cell stands: for another process, and for another machine."""
 
+import errno
 import json
 import os
 import shutil
@@ -134,6 +135,25 @@ def test_a_run_that_was_taken_over_is_left_to_the_other(tmp_path, tiny_config, m
     for name in ("run.json", "metrics.csv", "correct.npy", "model.pt"):
         assert (config.run_dir / name).read_bytes() == (theirs.path / name).read_bytes()
     assert (config.run_dir / lock.HEARTBEAT).exists() is not ended
+
+
+@pytest.mark.parametrize("error", [None, errno.ESTALE])
+def test_a_heartbeat_that_is_lost_or_cannot_be_read_ends_no_run(tiny_config, monkeypatch, error):
+    read = Path.read_bytes
+
+    def stale(path):
+        if error and path.name == lock.HEARTBEAT:
+            raise OSError(error, "Stale file handle")
+        return read(path)
+
+    def lost(directory, row):
+        append(directory, row)
+        (directory.path / lock.HEARTBEAT).unlink(missing_ok=True)
+
+    append = RunDirectory.append
+    monkeypatch.setattr(RunDirectory, "append", lost)
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    assert run(tiny_config("epochs=4", "checkpoint_seconds=0"))["status"] == "completed"
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"host": 1}', "\x00\xff"])

@@ -56,6 +56,7 @@ def test_as_many_as_gpus_if_the_runs_are_there(machine):
 
 
 def test_a_look_at_the_memory_keeps_no_network(monkeypatch):
+    [config] = cells(1)
     seen, build = [], gnbench.build.build_model
 
     def build_model(config):
@@ -65,7 +66,7 @@ def test_a_look_at_the_memory_keeps_no_network(monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr("gnbench.build.build_model", build_model)
-        workers.needed_bytes(cells(1)[0])
+        workers.needed_bytes(config)
     gc.collect()
     assert [one() for one in seen] == [None]
 

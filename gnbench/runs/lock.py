@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gnbench import files
-from gnbench.errors import LockedError
+from gnbench.errors import LockedError, TakenOverError
 
 log = logging.getLogger(__name__)
 
@@ -81,22 +81,18 @@ class Heartbeat:
             self.check()
             self._path.unlink(missing_ok=True)
 
-    def check(self) -> None:
-        """Make sure that the run is still this process's own.
+    def check(self) -> bool:
+        """Make sure that no other process holds the run; tell whether this one's heartbeat is seen.
 
         One that was suspended may have been taken for dead, where a lock is kept to one machine.
 
         Raises:
-            LockedError: if another process took it over.
+            TakenOverError: if another process holds it.
         """
-        if not self._seen:
-            return
-        heard = read_heartbeat(self._path.parent)
-        if heard is None and self._path.exists():  # it cannot be read now
-            return
-        if heard is None or replace(heard, beat=0.0, step=0, total_steps=0) != self._first:
-            who = heard or "another process, which has ended"
-            raise LockedError(f"{self._path.parent} was taken over by {who}; this one leaves it")
+        heard = read_heartbeat(self._path.parent) if self._seen else None
+        if heard and replace(heard, beat=0.0, step=0, total_steps=0) != self._first:
+            raise taken_over(self._path.parent, str(heard))
+        return heard is not None
 
     def _beat_on(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
@@ -108,6 +104,11 @@ class Heartbeat:
             self.check()
             files.replace(self._path, json.dumps(asdict(beat)).encode())
             self._seen = True
+
+
+def taken_over(run_dir: Path, who: str) -> TakenOverError:
+    """Say that ``who`` holds a run which this process held."""
+    return TakenOverError(f"{run_dir} was taken over by {who}; this process leaves it")
 
 
 @contextmanager

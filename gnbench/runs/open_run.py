@@ -18,7 +18,7 @@ from gnbench.norms import imprecise_statistics
 from gnbench.runs import directory as runs
 from gnbench.runs import signals
 from gnbench.runs.directory import RunDirectory
-from gnbench.runs.lock import Heartbeat
+from gnbench.runs.lock import Heartbeat, taken_over
 from gnbench.runs.progress import Progress, duration
 from gnbench.trackers import Guard, TrackedRun
 from gnbench.train import as_published, devices
@@ -95,12 +95,13 @@ class OpenRun:
 
         Raises:
             Interrupted: after a signal, with a checkpoint saved.
-            LockedError: if another process took the run over while this one was suspended.
+            TakenOverError: if another process took the run over while this one was suspended.
             WriteError: if the directory cannot be written.
         """
         training = self._training = self._prepared(processes, said)
         self.record["engine"] = training.engine.name
         self.record["activation_bytes"] = training.activation_bytes()
+        self._make_sure_of_it()
         self._directory.write_record(self.record)
         _announce(self._config, training, said)
         self._tracker = self._tracked(training, said)
@@ -114,7 +115,7 @@ class OpenRun:
             for row in stoppable(training, stop, self._wants_checkpoint, self._save_checkpoint):
                 yield training.position.step
                 if row is not None:
-                    self._heartbeat.check()
+                    self._make_sure_of_it()
                     self._rows.append(_measured(row, training))
                     self._directory.append(self._rows[-1])
                     if self._config.as_published:
@@ -124,7 +125,7 @@ class OpenRun:
                 self._heartbeat.step = training.position.step
                 progress.show(row)
         correct = training.engine.correct(training.test).numpy()
-        self._heartbeat.check()
+        self._make_sure_of_it()
         self._balanced_error = runs.balanced_error(correct, training.test.labels.cpu().numpy())
         self._directory.save_correct(correct)
         self._directory.save_model(training.engine.model.state_dict())
@@ -133,10 +134,10 @@ class OpenRun:
         """Say in the record how the run has ended, and what it reports.
 
         Raises:
-            LockedError: if it is another process's by now.
+            TakenOverError: if it is another process's by now.
             WriteError: if it cannot be written.
         """
-        self._heartbeat.check()
+        self._make_sure_of_it()
         if self._training is not None:
             self.record["engine"] = self._training.engine.name
         result = runs.result(self._directory.rows(), diverged=status == "diverged")
@@ -180,6 +181,21 @@ class OpenRun:
                 self.record["result"]["printed_error"],
                 self.record["result"]["printed_epoch"],
             )
+
+    def _make_sure_of_it(self) -> None:
+        """Make sure that the run is still this process's own, before something is written.
+
+        Raises:
+            TakenOverError: if another process took it over, though it may have ended since.
+        """
+        if self._heartbeat.check():
+            return
+        try:
+            record = self._directory.record()
+        except (DamagedError, OSError):  # it says nothing of another process
+            return
+        if record and record.get("started") != self.record["started"]:
+            raise taken_over(self._directory.path, "another process, which has ended")
 
     def let_go(self) -> None:
         """Free what the training holds, which the next run of a sweep needs; close the tracker."""
@@ -260,7 +276,7 @@ class OpenRun:
     def _save_checkpoint(self) -> None:
         assert self._training is not None
         began = time.monotonic()
-        self._heartbeat.check()
+        self._make_sure_of_it()
         self._directory.save_checkpoint(
             {
                 "format": CHECKPOINT_FORMAT,

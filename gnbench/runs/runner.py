@@ -13,7 +13,7 @@ from dataclasses import replace
 from gnbench import build
 from gnbench.check import check, check_machine
 from gnbench.config import RunConfig
-from gnbench.errors import ConfigError, DamagedError, Interrupted, LockedError
+from gnbench.errors import ConfigError, DamagedError, Interrupted, LockedError, TakenOverError
 from gnbench.identity import run_id
 from gnbench.runs import directory as runs
 from gnbench.runs import signals
@@ -36,8 +36,9 @@ NOT_BEGUN = -1  # for a number of steps
 def run(config: RunConfig) -> Record:
     """Carry out the run that ``config`` describes and return its record (``run.json``).
 
-    A complete run is returned as it is unless ``rerun``; an interrupted one resumes. Under torchrun
-    every process calls this; the first one alone reads and writes the run directory.
+    A complete run is returned as it is unless ``rerun``; an interrupted one resumes. The global
+    generators of torch, numpy and Python are seeded by the run. Under torchrun every process calls
+    this; the first one alone reads and writes the run directory.
 
     Raises:
         ConfigError: before anything is written.
@@ -219,7 +220,7 @@ def _train(
             run.close("interrupted")
         said.warning("%s interrupted; the same command resumes it", config.run_id)
         raise
-    except LockedError:  # the record is another process's
+    except TakenOverError:  # the record is another process's
         if processes.size > 1:
             distributed.abandon()
         raise
@@ -244,7 +245,8 @@ def _train(
         run.let_go()
         gc.collect()
         if shared.device.type == "cuda":
-            empty_cache()
+            with suppress(RuntimeError):  # of a device that an error has broken
+                empty_cache()
     return run.record
 
 

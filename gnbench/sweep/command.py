@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gnbench import cli
 from gnbench.config import RunConfig
-from gnbench.errors import FAILED, ConfigError, LockedError, one_line
+from gnbench.errors import FAILED, ConfigError, LockedError, TakenOverError, one_line
 from gnbench.sweep import launchers
 from gnbench.sweep.account import configs, failed, objective, planned
 from gnbench.sweep.overrides import explained
@@ -136,9 +136,13 @@ def _noted(run: RunConfig, outcome: Outcome) -> float:
     if not isinstance(outcome, Exception):
         failed.pop(run.run_id, None)
         return objective(outcome)
-    if isinstance(outcome, LockedError):
+    # The others of several processes pass over a held run as well, but stand in the midst of one
+    # that was taken over, or that failed, and cannot go on without this process.
+    alone = distributed.world_size() == 1
+    if isinstance(outcome, LockedError) and (alone or not isinstance(outcome, TakenOverError)):
         return math.nan
-    if distributed.world_size() > 1:  # the others cannot go on without this process
+    if not alone:
+        distributed.abandon()
         raise SystemExit(cli.report(outcome)) from outcome
     failed[run.run_id] = one_line(outcome)
     trace = None if cli.is_explained(outcome) else outcome

@@ -62,10 +62,11 @@ def needed_bytes(config: RunConfig, on_gpu: bool = False) -> int:
     held: dict[int, torch.UntypedStorage] = {}
     own: set[int] = set()
 
-    def pack(tensor: torch.Tensor) -> None:  # what it returned would hold the graph for good
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:  # on the meta device storages have no addresses
             held[storage._cdata] = storage
+        return tensor.detach()  # or it would hold the graph for good
 
     data = config.dataset
     count = data.images + (data.validation_size or 0) + data.test_images
@@ -76,7 +77,7 @@ def needed_bytes(config: RunConfig, on_gpu: bool = False) -> int:
         try:
             model = build_model(config).train()
             own |= {t.untyped_storage()._cdata for t in model.state_dict().values()}
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 model(torch.empty(config.batch_size, *data.image))
             weights = sum(p.numel() for p in model.parameters())
         except REFUSALS:  # a layer that does not work without storage: the rest has to do

@@ -58,7 +58,7 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda":
         found = torch.cuda.device_count()
         processes = distributed.local_world_size()
-        if processes > 1 and (":" in name or processes > found):  # said by all alike
+        if processes > 1 and (found > 1 if ":" in name else processes > found):  # said by all alike
             raise ConfigError(
                 f"device={name}: {processes} processes on this machine need a GPU each, and it has "
                 f"{found}: use device=cuda with --nproc-per-node={max(1, found)}, or device=cpu"
@@ -155,6 +155,7 @@ def set_defaults() -> None:
     Whatever a part of one's own chose in a run that this process carried out before.
     """
     torch.set_default_dtype(torch.float32)
+    torch.set_float32_matmul_precision("highest")
     torch.backends.mkldnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     torch.backends.mkldnn.matmul.fp32_precision = "ieee"  # type: ignore[attr-defined]
 

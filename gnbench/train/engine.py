@@ -181,16 +181,17 @@ class EagerEngine:
         weights = [p for p in self.model.parameters() if p.ndim > 1]
         shapes = {tuple(w.shape) for w in weights} | {tuple(w.shape[::-1]) for w in weights}
 
-        def pack(tensor: Tensor) -> None:
-            # Nothing comes back: a tensor would hold the whole graph for good, in a circle that no
-            # collector sees, and with it the stream of this pass, off which no step is captured.
+        def pack(tensor: Tensor) -> Tensor:
+            # Detached, or it would hold the whole graph for good, in a circle that no collector
+            # sees, and with it the stream of this pass, off which no step is captured.
             storage = tensor.untyped_storage()
             # With autocast also the copy of a weight in bf16.
             cast = tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in shapes
             if storage.data_ptr() not in own and not cast:
                 held[storage.data_ptr()] = storage
+            return tensor.detach()
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             with self._autocast():
                 logits = self.model(inputs)
             F.cross_entropy(logits.float(), labels.clone())  # not a view of all labels there are
