@@ -300,6 +300,21 @@ def test_of_many_lines_all_stand_in_the_picture_that_is_saved(opened, tmp_path):
     assert all(foot <= top < bottom <= end for top, bottom in names)
 
 
+COVERS_NOTHING = """([name, labels, width]) => {
+    const [title, key, plot] = ['.xtitle', '.key', '.plot'].map(
+        part => document.querySelector(`[data-plots=${name}] ${part}`));
+    if (!title || !key || !plot?.data) return false;
+    const [above, box] = [title, key].map(part => part.getBoundingClientRect());
+    const all = part => [...key.querySelectorAll(part)];
+    const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
+    return above.height > 0 && above.bottom <= box.top + 1 && box.width <= width
+        && key.scrollWidth <= key.clientWidth + 1
+        && same(all('li').map(e => e.innerText), labels)
+        && same(all('path:first-child').map(e => e.getAttribute('stroke')),
+                plot.data.filter(t => t.name).map(t => t.line.color));
+}"""
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("lines", [2, 12])
 def test_keys_name_every_line_and_cover_nothing(opened, tmp_path, width, lines):
@@ -315,21 +330,8 @@ def test_keys_name_every_line_and_cover_nothing(opened, tmp_path, width, lines):
     page = opened(path, width)
     for scheme, media in (("light", "screen"), ("dark", "screen"), ("light", "print")):
         page.emulate_media(color_scheme=scheme, media=media)
-        for name in ("curves", "memory"):
-            key = page.locator(f"[data-plots={name}] .key")
-            assert key.locator("li").all_inner_texts() == labels
-            title = page.locator(f"[data-plots={name}] .xtitle").bounding_box()
-            box = key.bounding_box()
-            assert title["y"] + title["height"] <= box["y"] + 1
-            assert key.evaluate("e => e.scrollWidth <= e.clientWidth + 1")
-            assert box["width"] <= width
-            drawn = page.locator(f"[data-plots={name}] .plot").evaluate(
-                "e => e.data.filter(t => t.name).map(t => t.line.color)"
-            )
-            strokes = key.locator("path:first-child").evaluate_all(
-                "all => all.map(e => e.getAttribute('stroke'))"
-            )
-            assert drawn == strokes
+        for name in ("curves", "memory"):  # drawn anew by then
+            page.wait_for_function(COVERS_NOTHING, arg=[name, labels, width])
     for box in page.locator("#lines input").all():
         box.uncheck()
     assert page.locator(".key").count() == 0
