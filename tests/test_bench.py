@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from gnbench.check import compose
 from gnbench.errors import ConfigError
 from gnbench.train import cuda_graphs, devices
 from tests import tiny
-from tests.conftest import started
+from tests.conftest import environment, started
 from tests.replays import Recorder
 
 SETTINGS = {
@@ -450,3 +451,23 @@ def test_no_process_outlives_a_command_that_is_killed(tmp_path):
     process.kill()
     process.communicate()
     wait_for_the_end("--sid", str(process.pid))
+
+
+IDLE = """
+import multiprocessing, os, signal
+from concurrent.futures import ProcessPoolExecutor
+from gnbench.bench import worker
+spawn = multiprocessing.get_context("spawn")
+executor = ProcessPoolExecutor(1, mp_context=spawn, initializer=worker.lead)
+print(executor.submit(os.getpid).result(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_has_no_work_yet_ends_with_the_command(tmp_path):
+    command = [sys.executable, "-c", IDLE]
+    env = environment()
+    done = subprocess.run(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, timeout=100)
+    assert done.returncode == -signal.SIGKILL
+    wait_for_the_end("--pid", done.stdout.decode())

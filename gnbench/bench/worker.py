@@ -48,11 +48,13 @@ class Processes:
     ) -> None:
         self.candidate = candidate
         context = multiprocessing.get_context("spawn")
-        self.executors = [ProcessPoolExecutor(1, context) for _ in range(candidate.runs)]
+        self.executors = [
+            ProcessPoolExecutor(1, context, initializer=lead) for _ in range(candidate.runs)
+        ]
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for those begun now
         try:
             for executor in self.executors:
-                executor.submit(lead)
+                executor.submit(os.getpid)  # which starts its process
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.call(start, candidate, config, threads, state, time.time())
@@ -99,9 +101,11 @@ _startup_seconds: float
 def lead() -> None:
     """Lead a process group, with which the data workers of this process can be ended.
 
-    One that is forked as its parent dies would not notice, and wait for ever.
+    One that is forked as its parent dies would not notice, and wait for ever. So would this process
+    if the command is killed, from now on, though it may have no work yet.
     """
     os.setpgid(0, 0)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def start(
@@ -112,7 +116,6 @@ def start(
     Then continue with the weights and moments of ``state``, if any.
     """
     global _loop, _startup_seconds
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     if candidate.engine != PLAIN:
         devices.flush_denormals()  # before torch starts threads
     torch.set_num_threads(threads)
