@@ -118,6 +118,7 @@ def test_a_run_that_was_taken_over_is_left_to_the_other(tmp_path, tiny_config, m
     append, other = RunDirectory.append, tiny_config("epochs=4", "study=other")
     run(other)
     theirs = RunDirectory(other.run_dir)
+    theirs.write_record(theirs.record() | {"started": "2026-11-23T08:00:00+00:00"})
 
     def suspended(directory, row):
         append(directory, row)
