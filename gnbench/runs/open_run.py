@@ -101,7 +101,7 @@ class OpenRun:
         training = self._training = self._prepared(processes, said)
         self.record["engine"] = training.engine.name
         self.record["activation_bytes"] = training.activation_bytes()
-        self._make_sure_of_it()
+        self._check_held()
         self._directory.write_record(self.record)
         _announce(self._config, training, said)
         self._tracker = self._tracked(training, said)
@@ -115,7 +115,7 @@ class OpenRun:
             for row in stoppable(training, stop, self._wants_checkpoint, self._save_checkpoint):
                 yield training.position.step
                 if row is not None:
-                    self._make_sure_of_it()
+                    self._check_held()
                     self._rows.append(_measured(row, training))
                     self._directory.append(self._rows[-1])
                     if self._config.as_published:
@@ -125,7 +125,7 @@ class OpenRun:
                 self._heartbeat.step = training.position.step
                 progress.show(row)
         correct = training.engine.correct(training.test).numpy()
-        self._make_sure_of_it()
+        self._check_held()
         self._balanced_error = runs.balanced_error(correct, training.test.labels.cpu().numpy())
         self._directory.save_correct(correct)
         self._directory.save_model(training.engine.model.state_dict())
@@ -137,7 +137,7 @@ class OpenRun:
             TakenOverError: if it is another process's by now.
             WriteError: if it cannot be written.
         """
-        self._make_sure_of_it()
+        self._check_held()
         if self._training is not None:
             self.record["engine"] = self._training.engine.name
         result = runs.result(self._directory.rows(), diverged=status == "diverged")
@@ -182,7 +182,7 @@ class OpenRun:
                 self.record["result"]["printed_epoch"],
             )
 
-    def _make_sure_of_it(self) -> None:
+    def _check_held(self) -> None:
         """Make sure that the run is still this process's own, before something is written.
 
         Raises:
@@ -276,7 +276,7 @@ class OpenRun:
     def _save_checkpoint(self) -> None:
         assert self._training is not None
         began = time.monotonic()
-        self._make_sure_of_it()
+        self._check_held()
         self._directory.save_checkpoint(
             {
                 "format": CHECKPOINT_FORMAT,

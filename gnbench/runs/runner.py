@@ -221,8 +221,7 @@ def _train(
         said.warning("%s interrupted; the same command resumes it", config.run_id)
         raise
     except TakenOverError:  # the record is another process's
-        if processes.size > 1:
-            distributed.abandon()
+        distributed.abandon()
         raise
     except Exception as error:
         out_of_memory = devices.is_out_of_memory(error)
@@ -235,9 +234,8 @@ def _train(
             run.close(status, message)
         said.error("%s: %s: %s", config.run_id, status.replace("_", " "), message)
         # Several processes do not survive the loss of one.
-        if processes.size > 1:
-            distributed.abandon()
         if not out_of_memory or processes.size > 1:
+            distributed.abandon()
             raise
     else:
         run.complete(said)
