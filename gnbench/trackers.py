@@ -73,8 +73,12 @@ class TensorBoard(Tracker):
         self._settings = flat(run.settings)
         folder = run.run_dir / "tensorboard"
         known = folder.exists()
-        # Readers drop what an earlier process wrote of epochs that are trained again.
-        purged = {"purge_step": len(run.rows) + 1} if known else {}
+        purged = {}
+        if known:
+            # Readers drop what an earlier process wrote of epochs that are trained again. They
+            # take the files in the order of the seconds in which these were begun.
+            purged = {"purge_step": len(run.rows) + 1}
+            time.sleep(1)
         writer: Any = tensorboard.SummaryWriter
         self._writer = writer(str(folder), **purged)
         if not known:

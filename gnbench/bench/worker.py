@@ -79,9 +79,15 @@ class Processes:
 
 def end(team: Iterable[Processes]) -> None:
     """End the processes of all candidates: after the steps at hand, or without them."""
-    for processes in team:
-        for executor in processes.executors:
-            executor.shutdown(wait=False, cancel_futures=True)
+    # Each waits for its executor's thread, which else would close pipes while Python, about to
+    # exit, writes into them.
+    ending = [
+        threading.Thread(target=executor.shutdown, kwargs={"cancel_futures": True})
+        for processes in team
+        for executor in processes.executors
+    ]
+    for one in ending:
+        one.start()
     for child in multiprocessing.active_children():
         child.join(1)
         assert child.pid
@@ -90,6 +96,8 @@ def end(team: Iterable[Processes]) -> None:
         child.kill()
         while child.is_alive():  # the executor's thread waits as well: one is told late
             child.join()
+    for one in ending:
+        one.join()
 
 
 # What follows is done in such a process.
