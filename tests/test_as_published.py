@@ -267,7 +267,7 @@ def test_what_cannot_be_measured_is_refused(tiny_config):
 def test_on_cuda_the_run_itself_is_the_same_to_the_bit(tiny_config, engine):
     chosen = (*RUN, "device=cuda", f"engine={engine}", "epochs=4")
     with_it, without = (
-        tiny_config(*chosen, f"study={s}", f"as_published={s}") for s in ("true", "false")
+        tiny_config(*chosen, f"study=with_{s}", f"as_published={s}") for s in ("true", "false")
     )
     assert [run(one)["engine"] for one in (with_it, without)] == [engine, engine]
     folder, other = RunDirectory(with_it.run_dir), RunDirectory(without.run_dir)
