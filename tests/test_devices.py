@@ -61,6 +61,29 @@ def test_cuda_gets_a_queue_for_each_replica_unless_told_otherwise(monkeypatch, g
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == found
 
 
+def test_where_processes_share_the_queues_of_a_gpu_none_asks_for_most(monkeypatch, tmp_path):
+    (tmp_path / "control").touch()
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "")
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    devices.choose_device("cpu")
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ
+    (tmp_path / "control").unlink()  # the service has ended
+    devices.choose_device("cpu")
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+
+
+def test_a_device_that_others_hold_is_refused_in_a_line(monkeypatch):
+    def busy(*_, **__):
+        raise torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy\nSearch for")
+
+    monkeypatch.setattr(torch, "zeros", busy)
+    with pytest.raises(ConfigError) as refused, devices.claimed("cpu"):
+        pass
+    assert "busy: wait for those who use it" in str(refused.value)
+    assert "Search" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("precision", "found"), [("fp32", "ieee"), ("bf16", "ieee"), ("tf32", "tf32")]
 )

@@ -3,9 +3,11 @@
 import importlib.machinery
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +79,59 @@ def test_replicas_stay_if_they_give_twice_what_processes_do(
     assert said.count(f"{ratio} ×") == 3
     assert said.splitlines()[-1].endswith(f"replicas {verdict}")
     assert "31.5" in said
+
+
+@pytest.fixture
+def service(tmp_path, monkeypatch):
+    """A program that notes how it is called, and whether its folder is there."""
+    program, calls = tmp_path / "nvidia-cuda-mps-control", tmp_path / "calls"
+    program.write_text(
+        f'#!/bin/sh\n[ -d "$CUDA_MPS_PIPE_DIRECTORY" ] || exit 3\n'
+        f'if [ "$1" = -d ]; then echo start >> {calls}; exit ${{REFUSES:-0}}; fi\ncat >> {calls}\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+    return calls
+
+
+def test_the_service_for_several_processes_ends_with_the_training(script, service):
+    folders = []
+
+    def train():
+        with script.multi_process_service() as together:
+            assert together
+            assert service.read_text() == "start\n"
+            folders.append(Path(os.environ["CUDA_MPS_PIPE_DIRECTORY"]))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        train()
+    assert service.read_text() == "start\nquit\n"
+    assert "CUDA_MPS_PIPE_DIRECTORY" not in os.environ
+    assert not folders[0].exists()
+
+
+def test_a_service_that_runs_already_is_left_as_it_is(script, service, monkeypatch):
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/another")
+    with script.multi_process_service() as together:
+        assert together
+    assert not service.exists()
+    assert os.environ["CUDA_MPS_PIPE_DIRECTORY"] == "/another"
+
+
+def test_where_the_service_does_not_start_cells_follow_each_other(
+    script, service, monkeypatch, capsys
+):
+    monkeypatch.setenv("REFUSES", "1")
+    with script.multi_process_service() as together:
+        assert not together
+        assert "CUDA_MPS_PIPE_DIRECTORY" not in os.environ
+    assert service.read_text() == "start\n"
+    monkeypatch.setenv("PATH", "/nowhere")
+    with script.multi_process_service() as together:
+        assert not together
+    assert capsys.readouterr().out.count("one cell at a time") == 2
 
 
 @pytest.mark.slow

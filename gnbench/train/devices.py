@@ -30,6 +30,7 @@ ALLOCATION_FAILURES = (
 )
 TRIAL_SIZE = 256  # rows and columns of the matrices on which bf16 is tried
 HARDWARE_QUEUES = "32"  # the most there are; of the 8 by default replicas would share some
+MPS_FOLDER = "/tmp/nvidia-mps"  # of NVIDIA's Multi-Process Service, unless the environment says
 # Of control groups, versions 2 and 1: the limit, what is in use, and of which what can be let go.
 CONTROL_GROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "inactive_file"),
@@ -46,12 +47,14 @@ def choose_device(name: str) -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device.
 
     Under torchrun, ``auto`` and ``cuda`` are the GPU of this process. CUDA, which starts later,
-    is to give each replica a queue of its own, unless the environment says otherwise.
+    is to give each replica a queue of its own, unless the environment says otherwise. The clients
+    of NVIDIA's Multi-Process Service share those of the GPU, and it would turn others away.
 
     Raises:
         ConfigError: if this machine has no such device.
     """
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", HARDWARE_QUEUES)
+    if not Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or MPS_FOLDER, "control").exists():
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", HARDWARE_QUEUES)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -79,18 +82,33 @@ def claimed(name: str) -> Iterator[torch.device]:
     Every run holds a file lock, named after its GPU, in the folder for temporary files.
 
     Raises:
-        ConfigError: as `choose_device`.
+        ConfigError: as `choose_device`, and if the device cannot be used now.
     """
     device = choose_device(name)
     chosen = device.type != "cuda" or ":" in name or distributed.world_size() > 1
     if chosen or torch.cuda.device_count() == 1:
+        _open(device)
         yield device
         return
     lock, index = _claim(torch.cuda.device_count())
     try:
-        yield torch.device("cuda", index)
+        device = torch.device("cuda", index)
+        _open(device)
+        yield device
     finally:
         lock.release()
+
+
+def _open(device: torch.device) -> None:
+    """Raise ConfigError if the device does not take work: others may hold it, or its memory."""
+    try:
+        torch.zeros((), device=device)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"device={device}: {reason}: wait for those who use it (nvidia-smi names them), or "
+            "choose another"
+        ) from error
 
 
 def _claim(gpus: int) -> tuple[FileLock, int]:
