@@ -373,6 +373,18 @@ def test_runs_of_different_versions_together_are_noted(study):
     assert read_study(study).notes == []
 
 
+def test_runs_on_different_devices_together_are_noted(study):
+    for path, device in zip(
+        sorted(study.glob("*/run.json")),
+        ["cuda:0 (NVIDIA H200)", "cuda:1 (NVIDIA H200)", "cpu (AMD EPYC, 1 threads)"] * 10,
+        strict=False,
+    ):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"device": device}))
+    [note] = read_study(study).notes
+    assert note == "runs on different devices together: NVIDIA H200 (13 runs), AMD EPYC (6 runs)"
+
+
 def test_it_writes_what_the_contract_says_beside_the_runs(study, capsys, monkeypatch):
     cut, *_ = sorted(study.glob("*-gn-*/metrics.csv"))
     cut.write_text(cut.read_text()[:-5])

@@ -93,7 +93,7 @@ def read_study(path: Path) -> Study:
     table, duplicates = _drop_duplicates(pd.DataFrame(rows, columns=list(columns)))
     study = Study(path, table.drop(columns=absent), problems + duplicates)
     study.missing = _missing(study)
-    study.notes = _mixed_versions(study.finished)
+    study.notes = _mixed_origins(study.finished)
     return study
 
 
@@ -252,14 +252,19 @@ def _drop_duplicates(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     return table.drop(index=extra.index).reset_index(drop=True), problems
 
 
-def _mixed_versions(finished: pd.DataFrame) -> list[str]:
-    """Say so if the results of a study were made by different versions."""
+def _mixed_origins(finished: pd.DataFrame) -> list[str]:
+    """Say so if the results of a study were made by different versions, or on different devices."""
+    origins = {f"of different versions of {name}": finished[name] for name in VERSIONS}
+    # As `describe_device` names them, without their number and threads.
+    origins["on different devices"] = finished["device"].str.replace(
+        r"^(?:cpu|cuda:\d+) \((.*?)(?:, \d+ threads)?\)$", r"\1", regex=True
+    )
     notes = []
-    for name in VERSIONS:
-        counts = finished[name].value_counts(dropna=False)
+    for which, values in origins.items():
+        counts = values.value_counts(dropna=False)
         if len(counts) > 1:
-            parts = ", ".join(f"{version} ({count} runs)" for version, count in counts.items())
-            notes.append(f"runs of different versions of {name} together: {parts}")
+            parts = ", ".join(f"{value} ({count} runs)" for value, count in counts.items())
+            notes.append(f"runs {which} together: {parts}")
     return notes
 
 
