@@ -250,22 +250,40 @@ def test_a_training_that_ends_is_said_to_end():
         loop.take(100)
 
 
-@pytest.mark.parametrize(("fails", "counted"), [(True, None), (False, 1.0)])
-def test_without_a_profiler_there_is_no_count_but_a_row(monkeypatch, capsys, fails, counted):
-    """On a GPU a profiler may refuse to begin once graphs have been captured."""
-
-    @contextmanager
-    def profile(activities):
-        if fails:
-            raise RuntimeError("CUPTI_ERROR_NOT_COMPATIBLE")
-        taken = [SimpleNamespace(device_type=SimpleNamespace(name="CUDA"))] * worker.COUNTED_STEPS
-        yield SimpleNamespace(events=lambda: taken)
-
+def profiled(monkeypatch, profile):
+    """Return the kernels of a step, by the profiler."""
     monkeypatch.setattr(torch.profiler, "profile", profile)
     loop = EngineLoop(compose(*tiny.OVERRIDES, "norm=bn", "batch_size=2", "epochs=50"))
     loop.device = torch.device("cuda", 0)
-    assert loop.kernels() == counted
-    assert ("CUPTI_ERROR" in capsys.readouterr().err) is fails
+    return loop.kernels()
+
+
+def test_without_a_profiler_there_is_no_count_but_a_row(monkeypatch, capsys):
+    """On a GPU a profiler may refuse to begin once graphs have been captured."""
+
+    def profile(activities):
+        raise RuntimeError("CUPTI_ERROR_NOT_COMPATIBLE")
+
+    assert profiled(monkeypatch, profile) == []
+    assert "CUPTI_ERROR" in capsys.readouterr().err
+
+
+def test_the_kernels_of_a_step_are_counted_and_timed(monkeypatch):
+    def event(name, microseconds, device="CUDA"):
+        time_range = SimpleNamespace(elapsed_us=lambda: microseconds)
+        device_type = SimpleNamespace(name=device)
+        return SimpleNamespace(name=name, device_type=device_type, time_range=time_range)
+
+    @contextmanager
+    def profile(activities):
+        taken = [event("add", 2.0), event("convolution", 30.0), event("add", 1.0)]
+        taken.append(event("launch", 100.0, "CPU"))
+        yield SimpleNamespace(events=lambda: taken * worker.COUNTED_STEPS)
+
+    assert profiled(monkeypatch, profile) == [
+        {"kernel": "convolution", "per_step": 1.0, "microseconds_per_step": 30.0},
+        {"kernel": "add", "per_step": 2.0, "microseconds_per_step": 3.0},
+    ]
 
 
 @pytest.mark.slow

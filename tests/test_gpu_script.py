@@ -81,6 +81,20 @@ def test_replicas_stay_if_they_give_twice_what_processes_do(
     assert "31.5" in said
 
 
+def test_the_kernels_that_take_longest_are_named(script, tmp_path, capsys):
+    lines = ["who,kernel,per_step,microseconds_per_step", "eager fp32,another,1.0,900.0"]
+    lines += [f"graph fp32,kernel{number},2.0,{100.5 - number}" for number in range(9)]
+    lines += ["graph fp32 4 replicas,of four,4.0,1000.0"]
+    (tmp_path / "kernels.csv").write_text("\n".join(lines) + "\n")
+    script.print_kernels(tmp_path / "nowhere.csv")
+    script.print_kernels(tmp_path / "kernels.csv")
+    whole, *busiest = capsys.readouterr().out.splitlines()
+    assert whole == "  kernels of a step by graph: 868 µs"
+    assert busiest[0] == "     100.5 µs    2.0 ×  kernel0"
+    assert len(busiest) == script.BUSIEST
+    assert "another" not in "".join(busiest)
+
+
 @pytest.fixture
 def service(tmp_path, monkeypatch):
     """A program that notes how it is called, and whether its folder is there."""

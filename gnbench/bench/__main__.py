@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -142,10 +143,20 @@ def check(
     return cases, candidates(config, device.type == "cuda")
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What is known of each candidate, all rates, the kernels of a step, who failed and why."""
+
+    facts: dict[Candidate, dict[str, Any]]
+    rates: dict[Any, list[float]]
+    kernels: list[dict[str, Any]]
+    failures: list[str]
+
+
 def measure(
     run: RunConfig, everyone: Sequence[Candidate], config: BenchConfig, say: Callable[[str], object]
-) -> tuple[dict[Candidate, dict[str, Any]], dict[Any, list[float]], list[str]]:
-    """Time everyone on a run; return what is known of each, all rates, and who failed and why.
+) -> Measured:
+    """Time everyone on a run.
 
     All continue one training, that of the plain loop, so that none is spared what slows a training
     down as it goes on. Once all have been built they take turns.
@@ -178,8 +189,10 @@ def measure(
         players: dict[Any, Callable[[float], float]] = {key: team[key].turn for key in team}
         players |= limit.hardware(run, list({key.precision: key for key in team}))
         rates = take_turns(players, config.rounds, config.seconds, say)
-        facts = {key: team[key].call(worker.facts)[0] for key in team}
-    return facts, rates, failures
+        answers = {key: team[key].call(worker.facts)[0] for key in team}
+        facts = {key: known for key, (known, _) in answers.items()}
+        kernels = [{"who": str(key)} | one for key, (_, all_) in answers.items() for one in all_]
+    return Measured(facts, rates, kernels, failures)
 
 
 def bench(config: BenchConfig, command: str, folders: Sequence[str] = ()) -> bool:
@@ -215,6 +228,7 @@ def bench(config: BenchConfig, command: str, folders: Sequence[str] = ()) -> boo
     }
     rows: list[dict[str, Any]] = []
     raw: list[dict[str, Any]] = []
+    kernels: list[dict[str, Any]] = []
     failed = False
     with tqdm(total=len(cases), disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
         for values, run in cases.items():
@@ -222,12 +236,16 @@ def bench(config: BenchConfig, command: str, folders: Sequence[str] = ()) -> boo
             title = "{dataset}, {model} {norm}, batch size {batch_size}".format(**case)
             bar.set_description_str(title)
             try:
-                facts, rates, failures = measure(run, everyone, config, bar.set_postfix_str)
+                of_case = measure(run, everyone, config, bar.set_postfix_str)
+                failures = of_case.failures
             except CandidateError as error:
                 failures = [str(error)]
             else:
+                rates = of_case.rates
                 moved, copied = count_bytes(run)
-                found = compare(run.batch_size, facts, rates, count_flops(run), moved / copied)
+                found = compare(
+                    run.batch_size, of_case.facts, rates, count_flops(run), moved / copied
+                )
                 with bar.external_write_mode(file=sys.stdout):
                     print(f"\n{title}\n{table(found)}", flush=True)
                 rows += [{**case, **row} for row in found]
@@ -236,7 +254,8 @@ def bench(config: BenchConfig, command: str, folders: Sequence[str] = ()) -> boo
                     for key, values in rates.items()
                     for number, rate in enumerate(values, 1)
                 ]
-                _write(folder, rows, raw, about)
+                kernels += [{**case, **one} for one in of_case.kernels]
+                _write(folder, rows, raw, kernels, about)
             for failure in failures:
                 failed = True
                 bar.write(f"gnbench: {title}: left out: {failure}", file=sys.stderr)
@@ -247,14 +266,23 @@ def bench(config: BenchConfig, command: str, folders: Sequence[str] = ()) -> boo
 
 
 def _write(
-    folder: Path, rows: list[dict[str, Any]], raw: list[dict[str, Any]], about: dict[str, Any]
+    folder: Path,
+    rows: list[dict[str, Any]],
+    raw: list[dict[str, Any]],
+    kernels: list[dict[str, Any]],
+    about: dict[str, Any],
 ) -> None:
     import pandas as pd  # not for --help
 
     from gnbench.aggregate.figure import save
     from gnbench.bench.figure import draw_speed
 
-    for name, entries in (("bench.csv", rows), ("bench_rounds.csv", raw)):
+    tables = {"bench.csv": rows, "bench_rounds.csv": raw}
+    if kernels:  # on a GPU
+        tables["bench_kernels.csv"] = kernels
+    else:
+        (folder / "bench_kernels.csv").unlink(missing_ok=True)  # of another time
+    for name, entries in tables.items():
         files.replace(folder / name, pd.DataFrame(entries).to_csv(index=False).encode())
     files.replace(folder / "bench.json", (json.dumps(about, indent=1) + "\n").encode())
     drawn = draw_speed(pd.DataFrame(rows), about["device"])

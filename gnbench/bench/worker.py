@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -159,14 +159,18 @@ def turn(seconds: float) -> float:
     return done / (time.perf_counter() - began)
 
 
-def facts() -> dict[str, Any]:
-    """Return columns of a row, of one process; ``startup_seconds`` are those to its first step."""
+def facts() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return columns of a row, of one process; then what is known of each kernel.
+
+    ``startup_seconds`` are those to its first step.
+    """
+    kernels = _loop.kernels() if isinstance(_loop, EngineLoop) else []
     return {
         "threads": torch.get_num_threads(),
         "startup_seconds": _startup_seconds,
         "peak_memory_bytes": devices.peak_memory_bytes(_loop.device),  # without data workers
-        "kernels_per_step": _loop.kernels() if isinstance(_loop, EngineLoop) else None,
-    }
+        "kernels_per_step": sum(kernel["per_step"] for kernel in kernels) or None,
+    }, kernels
 
 
 def _end_with_parent() -> None:
@@ -239,21 +243,30 @@ class EngineLoop:
             self.take(steps - late + 1)
         self.wait()
 
-    def kernels(self) -> float | None:
-        """Count the kernels and copies that a step is on a GPU, with all that goes with it.
+    def kernels(self) -> list[dict[str, Any]]:
+        """Return the kernels and copies that a step is on a GPU, the one that takes longest first.
 
-        None on a CPU, and where the profiler, which comes after graphs were captured, cannot count.
+        Their ``kernel`` (a name), how often ``per_step``, and ``microseconds_per_step``, with all
+        that goes with a step. Side by side their times overlap. None on a CPU, and where the
+        profiler, which comes after graphs were captured, cannot count.
         """
         if self.device.type != "cuda":
-            return None
+            return []
         try:
             with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profile:
                 steps = self.take(COUNTED_STEPS // len(self.trainings))
                 self.wait()
-            kinds = Counter(event.device_type.name for event in profile.events())
+            times = defaultdict(list)
+            for event in profile.events():
+                if event.device_type.name == "CUDA":
+                    times[event.name].append(event.time_range.elapsed_us())
         except CandidateError:
             raise
         except Exception as error:
             print(f"gnbench: no kernels counted: {one_line(error)}", file=sys.stderr)
-            return None
-        return kinds["CUDA"] / steps or None
+            return []
+        found = [
+            {"kernel": name, "per_step": len(t) / steps, "microseconds_per_step": sum(t) / steps}
+            for name, t in times.items()
+        ]
+        return sorted(found, key=lambda kernel: -kernel["microseconds_per_step"])
