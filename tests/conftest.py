@@ -52,6 +52,16 @@ def pytest_xdist_auto_num_workers(config):
     return (os.cpu_count() or 1) + 1 if config.option.markexpr == "slow" else None
 
 
+# The files whose slow tests take longest, a minute or more of waiting: none is begun last.
+LONGEST = ("slurm", "launchers", "bench", "gpu_script", "cli", "distributed", "faults")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.option.markexpr == "slow":
+        names = [f"test_{name}.py" for name in LONGEST]
+        items.sort(key=lambda item: (*names, item.path.name).index(item.path.name))
+
+
 @pytest.fixture
 def tiny_config(tmp_path):
     """Compose a run on the tiny dataset that writes under tmp_path."""
