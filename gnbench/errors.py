@@ -33,6 +33,10 @@ class WriteError(OSError):
     """A file that cannot be written; the message says which, why, and what to do."""
 
 
+class BusyError(OSError):
+    """Others hold a device or its memory, so that it takes no work now; the message says which."""
+
+
 class LockedError(OSError):
     """Another process is at work on this run; the message says which."""
 

@@ -320,6 +320,8 @@ def test_the_table_and_the_page_hold_the_same_figures():
     assert f"| +1.00  | {table['ci_low'][0]:+.2f} to {table['ci_high'][0]:+.2f} |" in page
     alone = panels(study({"gn": {2: [1]}}), [], "bn")
     assert "One line: nothing is compared." in markdown("d", alone)
+    assert "To be weighed" not in page
+    assert markdown("d", alone, ["one", "two"]).endswith("\n\n## To be weighed\n\n- one\n- two\n")
 
 
 def drawn(rng, seeds, mean_bn, mean_gn):

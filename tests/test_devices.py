@@ -3,8 +3,9 @@ import os
 import pytest
 import torch
 
+from gnbench import cli
 from gnbench.check import compose
-from gnbench.errors import ConfigError
+from gnbench.errors import FAILED, BusyError, ConfigError
 from gnbench.train import devices
 from tests.trainings import CPU
 
@@ -53,7 +54,10 @@ def test_which_errors_say_that_there_is_no_memory(error, full):
 
 
 @pytest.mark.parametrize(("given", "found"), [(None, "32"), ("8", "8")])
-def test_cuda_gets_a_queue_for_each_replica_unless_told_otherwise(monkeypatch, given, found):
+def test_cuda_gets_a_queue_for_each_replica_unless_told_otherwise(
+    monkeypatch, tmp_path, given, found
+):
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))  # without a service
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given or "")
     if given is None:
         monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
@@ -73,15 +77,36 @@ def test_where_processes_share_the_queues_of_a_gpu_none_asks_for_most(monkeypatc
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
 
 
-def test_a_device_that_others_hold_is_refused_in_a_line(monkeypatch):
-    def busy(*_, **__):
-        raise torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy\nSearch for")
+@pytest.mark.parametrize(
+    ("message", "explained"),
+    [
+        ("CUDA-capable device(s) is/are busy or unavailable", True),
+        ("out of memory", True),
+        ("an illegal memory access was encountered", False),  # of this process itself
+    ],
+)
+def test_a_device_that_others_hold_is_refused_in_a_line(
+    monkeypatch, capsys, tmp_path, message, explained
+):
+    def refuse(*_, device):
+        opened.append(device.index)
+        raise torch.AcceleratorError(f"CUDA error: {message}\nSearch for")
 
-    monkeypatch.setattr(torch, "zeros", busy)
-    with pytest.raises(ConfigError) as refused, devices.claimed("cpu"):
-        pass
-    assert "busy: wait for those who use it" in str(refused.value)
-    assert "Search" not in str(refused.value)
+    opened, expected = [], BusyError if explained else RuntimeError
+    monkeypatch.setattr(torch, "zeros", refuse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(devices.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(cli, "_composed", True)
+    monkeypatch.setenv("RANK", "1")  # its GPU alone may be held
+    for _ in range(2):  # the second finds the seat free again
+        with pytest.raises(expected) as refused, devices.claimed("auto"):
+            pass
+    assert opened == [0, 0]
+    assert cli.report(refused.value) == FAILED
+    said = capsys.readouterr().err
+    assert said.startswith("gnbench: device=cuda:0") is explained
+    assert ("Search" in said) is not explained
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,16 +98,20 @@ def test_the_kernels_that_take_longest_are_named(script, tmp_path, capsys):
 
 
 @pytest.fixture
-def service(tmp_path, monkeypatch):
-    """A program that notes how it is called, and whether its folder is there."""
-    program, calls = tmp_path / "nvidia-cuda-mps-control", tmp_path / "calls"
+def service(script, tmp_path, monkeypatch):
+    """A program that notes how it is called, in place of that of NVIDIA's service; its notes."""
+    program, calls = tmp_path / script.MPS_PROGRAM, tmp_path / "calls"
     program.write_text(
         f'#!/bin/sh\n[ -d "$CUDA_MPS_PIPE_DIRECTORY" ] || exit 3\n'
-        f'if [ "$1" = -d ]; then echo start >> {calls}; exit ${{REFUSES:-0}}; fi\ncat >> {calls}\n'
+        f'if [ "$1" = -d ]; then echo start >> {calls}; sleep 60 & exit ${{REFUSES:-0}}; fi\n'
+        f"cat >> {calls}\n"
     )
     program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+    monkeypatch.setattr(script, "MPS_FOLDER", str(tmp_path / "none"))
+    monkeypatch.setattr(script, "MPS_PROGRAM_FOLDER", str(tmp_path))
+    for name in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_DEVICE_MAX_CONNECTIONS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     return calls
 
 
@@ -119,33 +125,91 @@ def test_the_service_for_several_processes_ends_with_the_training(script, servic
             folders.append(Path(os.environ["CUDA_MPS_PIPE_DIRECTORY"]))
             raise KeyError
 
+    began = time.monotonic()
     with pytest.raises(KeyError):
         train()
+    assert time.monotonic() - began < 30  # the daemon outlives the program that started it
     assert service.read_text() == "start\nquit\n"
     assert "CUDA_MPS_PIPE_DIRECTORY" not in os.environ
     assert not folders[0].exists()
 
 
-def test_a_service_that_runs_already_is_left_as_it_is(script, service, monkeypatch):
-    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/another")
+def test_a_service_that_runs_already_is_left_as_it_is(script, service, monkeypatch, tmp_path):
+    (tmp_path / "control").touch()
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
     with script.multi_process_service() as together:
         assert together
     assert not service.exists()
-    assert os.environ["CUDA_MPS_PIPE_DIRECTORY"] == "/another"
+    assert os.environ["CUDA_MPS_PIPE_DIRECTORY"] == str(tmp_path)
 
 
 def test_where_the_service_does_not_start_cells_follow_each_other(
-    script, service, monkeypatch, capsys
+    script, service, monkeypatch, capsys, tmp_path
 ):
     monkeypatch.setenv("REFUSES", "1")
     with script.multi_process_service() as together:
         assert not together
-        assert "CUDA_MPS_PIPE_DIRECTORY" not in os.environ
     assert service.read_text() == "start\n"
+    (tmp_path / script.MPS_PROGRAM).write_text("no program")
+    with script.multi_process_service() as together:
+        assert not together
+    (tmp_path / script.MPS_PROGRAM).unlink()
     monkeypatch.setenv("PATH", "/nowhere")
     with script.multi_process_service() as together:
         assert not together
-    assert capsys.readouterr().out.count("one cell at a time") == 2
+    assert capsys.readouterr().out.count("one cell at a time") == 3
+    assert "CUDA_MPS_PIPE_DIRECTORY" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("overrides", "launcher", "queues"),
+    [
+        ([], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=4"], "16"),
+        (["hydra/launcher=basic"], ["hydra/launcher=basic"], None),
+    ],
+)
+def test_a_gpu_trains_several_cells_at_a_time(
+    script, service, monkeypatch, tmp_path, overrides, launcher, queues
+):
+    calls = []
+
+    def run(command, log, end):
+        calls.append((command, os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")))
+        return script.REFUSED
+
+    monkeypatch.setattr(script, "run", run)
+    monkeypatch.setattr(script, "last_lines", lambda log, count: "")
+    given = SimpleNamespace(outputs=tmp_path, dataset="cifar10", device="cuda", together=4)
+    given.overrides, given.end, given.seconds = overrides, time.monotonic() + 9, 9
+    with pytest.raises(script.RefusedError):
+        script.train(given)
+    [(command, found)] = calls
+    assert [part for part in command if part.startswith("hydra")] == launcher
+    assert found == queues
+    assert service.exists() is bool(queues)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", ["train", "check"])
+def test_sigterm_ends_what_the_script_has_started(tmp_path, chosen):
+    process = subprocess.Popen(
+        [
+            *(sys.executable, SCRIPT, chosen, "--device", "cpu", "--outputs", tmp_path),
+            *("--dataset", "fashion_mini", *SMALL, "epochs=2000"),
+        ],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline()  # the versions, after which it begins
+    time.sleep(5)
+    process.terminate()
+    assert process.wait(120) == 143
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    found = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True)
+    assert found.stdout == ""
 
 
 @pytest.mark.slow

@@ -282,6 +282,7 @@ def test_runs_spread_over_the_gpus_of_a_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(devices.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(devices.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(devices.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(devices, "_open", lambda device: None)
     with ExitStack() as stack:
         seats = [stack.enter_context(devices.claimed("auto")).index for _ in range(5)]
         assert seats == [0, 1, 0, 1, 0]

@@ -123,7 +123,7 @@ def aggregate(config: AggregateConfig) -> list[Study]:
         panels = verdict.panels(finished, settings_of(summary), look.against, look.registered)
         tables |= {"summary.csv": summary, "comparisons.csv": verdict.comparison_table(panels)}
         texts = {name: table.to_csv(index=False) for name, table in tables.items()}
-        texts["verdict.md"] = verdict.markdown(study.path.name, panels)
+        texts["verdict.md"] = verdict.markdown(study.path.name, panels, study.notes)
         files.make_folder(study.tables)
         if not summary.empty:
             texts["table.tex"] = latex.table(summary, panels, look.order)

@@ -192,8 +192,8 @@ def comparison_table(found: Panels) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def markdown(study: str, found: Panels) -> str:
-    """Return ``verdict.md``: the sentences, and the differences that they rest on."""
+def markdown(study: str, found: Panels, notes: Sequence[str] = ()) -> str:
+    """Return ``verdict.md``: the sentences, the differences that they rest on, what to weigh."""
     parts = [f"# {study}"]
     for (dataset, model), panel in found.items():
         parts.append(f"## {dataset}, {model}")
@@ -201,6 +201,8 @@ def markdown(study: str, found: Panels) -> str:
         heads, rows = comparison_rows(panel)
         if rows:
             parts.append(tabulate(rows, heads, "github", disable_numparse=True))
+    if notes:
+        parts += ["## To be weighed", "\n".join(f"- {note}" for note in notes)]
     return "\n\n".join(parts) + "\n"
 
 

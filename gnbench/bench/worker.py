@@ -247,7 +247,7 @@ class EngineLoop:
         """Return the kernels and copies that a step is on a GPU, the one that takes longest first.
 
         Their ``kernel`` (a name), how often ``per_step``, and ``microseconds_per_step``, with all
-        that goes with a step. Side by side their times overlap. None on a CPU, and where the
+        that goes with a step. Side by side their times overlap. Empty on a CPU, and where the
         profiler, which comes after graphs were captured, cannot count.
         """
         if self.device.type != "cuda":

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from gnbench.errors import ConfigError
+from gnbench.errors import BusyError, ConfigError
 from gnbench.train import distributed
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,8 @@ def claimed(name: str) -> Iterator[torch.device]:
     Every run holds a file lock, named after its GPU, in the folder for temporary files.
 
     Raises:
-        ConfigError: as `choose_device`, and if the device cannot be used now.
+        ConfigError: as `choose_device`.
+        BusyError: if others hold the device.
     """
     device = choose_device(name)
     chosen = device.type != "cuda" or ":" in name or distributed.world_size() > 1
@@ -100,14 +101,16 @@ def claimed(name: str) -> Iterator[torch.device]:
 
 
 def _open(device: torch.device) -> None:
-    """Raise ConfigError if the device does not take work: others may hold it, or its memory."""
+    """Raise BusyError if others hold the device, or all its memory."""
     try:
         torch.zeros((), device=device)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"device={device}: {reason}: wait for those who use it (nvidia-smi names them), or "
-            "choose another"
+        if "busy or unavailable" not in reason and not is_out_of_memory(error):
+            raise
+        raise BusyError(
+            f"device={device}: {reason}: wait for those who use it (nvidia-smi names them), have "
+            "fewer processes share it (hydra.launcher.n_jobs), or choose another"
         ) from error
 
 
@@ -226,7 +229,7 @@ def free_memory_bytes() -> int | None:
 def reset_peak_memory(device: torch.device) -> None:
     """Have `peak_memory_bytes` start again."""
     if device.type == "cuda":
-        # Nothing before needed the device, and the statistics do not start it.
+        # What came before may not have needed the device, and the statistics do not start it.
         torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.cuda.reset_peak_memory_stats(device)
     else:
