@@ -120,7 +120,7 @@ def test_the_presets_hold_the_thirteen_networks_of_the_report():
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         grid = hydra_compose("config", ["experiment=figure3"], return_hydra_config=True)
     assert grid.hydra.mode.name == "MULTIRUN"
-    assert grid.hydra.sweeper.params == {"norm": "bn,gn", "batch_size": "64,32,16,8,4,2"}
+    assert grid.hydra.sweeper.params == {"norm": "bn,gn", "batch_size": "2,4,8,16,32,64"}
     assert (grid.dataset.name, grid.model.name, grid.epochs) == ("cifar10", "simplenetv2", 30)
     assert parsed("experiment=replicate/deuscher2021").run_id == parsed("experiment=figure3").run_id
     baseline = parsed("experiment=figure3_baseline")

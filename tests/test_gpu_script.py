@@ -192,7 +192,7 @@ def test_a_gpu_trains_several_cells_at_a_time(
 @pytest.mark.slow
 @pytest.mark.parametrize("chosen", ["train", "check"])
 def test_sigterm_ends_what_the_script_has_started(tmp_path, chosen):
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [
             *(sys.executable, SCRIPT, chosen, "--device", "cpu", "--outputs", tmp_path),
             *("--dataset", "fashion_mini", *SMALL, "epochs=2000"),
@@ -201,11 +201,11 @@ def test_sigterm_ends_what_the_script_has_started(tmp_path, chosen):
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
-    assert process.stdout.readline()  # the versions, after which it begins
-    time.sleep(5)
-    process.terminate()
-    assert process.wait(120) == 143
+    ) as process:
+        assert process.stdout.readline()  # the versions, after which it begins
+        time.sleep(5)
+        process.terminate()
+        assert process.wait(120) == 143
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
     found = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True)
